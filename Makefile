@@ -1,0 +1,71 @@
+# make demo, test, lint and bench each make the environment in $(VENV) first and refresh it when pyproject.toml or
+# constraints.txt changed; make venv does only that.
+#
+#   PYTHON=       the interpreter to make the environment with: 3.11 or newer, with venv
+#   VENV=         where the environment stands
+#   TORCH_INDEX=  address of a package index with another build of torch, such as a CPU-only one
+#   ARGS=         options for `repflow demo` or pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+# Written last, so that an interrupted install leaves none. It holds the interpreter that was asked for.
+STAMP := $(VENV)/.installed
+
+# An interpreter that is named, and is not the one that the environment was made with, makes it anew.
+ifneq ($(origin PYTHON),file)
+ifneq ($(wildcard $(STAMP)),)
+ifneq ($(shell cat $(STAMP)),$(PYTHON))
+CLEAR := --clear
+.PHONY: $(STAMP)
+endif
+endif
+endif
+
+define CHECK_PYTHON
+import sys
+problem = None
+if sys.version_info < (3, 11):
+    problem = "it is Python %d.%d" % sys.version_info[:2]
+else:
+    try:
+        import ensurepip, venv
+    except ImportError as error:
+        problem = "it cannot make a virtual environment (%s; on Debian: apt install python3-venv)" % error
+if problem:
+    sys.exit("make: repflow needs Python 3.11 or newer with venv, but of '$(PYTHON)' %s; name another: make PYTHON=..." % problem)
+endef
+export CHECK_PYTHON
+
+.PHONY: venv demo test lint bench
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v '$(PYTHON)' > /dev/null || { echo "make: no '$(PYTHON)' here; name a Python 3.11 or newer: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c "$$CHECK_PYTHON"
+	@rm -f $@
+	$(PYTHON) -m venv $(CLEAR) $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt \
+		$(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)') -e '.[all,dev]'
+	@echo '$(PYTHON)' > $@
+
+demo: $(STAMP)
+	$(BIN)/repflow demo $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(STAMP)
+	@set -e; for script in benchmarks/[!_]*.py; do \
+		test -f "$$script" || { echo "make bench: benchmarks/ holds no script yet, nothing was measured"; exit 0; }; \
+		echo "$$script"; $(BIN)/python "$$script" $(ARGS); \
+	done

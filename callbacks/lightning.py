@@ -1,0 +1,162 @@
+"""The Lightning callback: `Trainer(callbacks=[RepresentationMonitor()])`."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from repflow._imports import LIGHTNING, require
+from torch import Tensor
+from torch.nn import Module
+
+from repflow.monitor import Monitor, MonitorConfig, RunInfo, Snapshot
+from repflow.monitor.sinks import AbstractSink, LoggerSink, RunFileSink
+from repflow.monitor.sinks._keys import StateChoice, scalar_items
+
+require("lightning")
+if LIGHTNING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+else:  # the same framework under its other name
+    from pytorch_lightning import Callback, LightningModule, Trainer
+
+
+class RepresentationMonitor(Callback):
+    """Monitors the representations of the model that a `Trainer` trains.
+
+    ```python
+    trainer = Trainer(callbacks=[RepresentationMonitor(every_n_steps=50)])
+    ```
+
+    Snapshots go to a run file, to all of the trainer's loggers, and into `trainer.callback_metrics` under the same keys
+    (`repflow/inter_token/state_00`, `repflow/v_loc`, …), so that EarlyStopping and ModelCheckpoint can use them. Steps are optimizer
+    steps, as the trainer's own metrics count them. The loss that `training_step` returns is kept with each snapshot.
+
+    Args:
+        config: what to measure. Its fields may be given as keywords instead: `RepresentationMonitor(every_n_steps=10)`.
+        sinks: where snapshots go besides the loggers; a run file under `repflow-runs/` if None.
+        blocks: see `repflow.monitor.find_residual_stream`.
+        stream: see `repflow.monitor.find_residual_stream`.
+        name: of the run.
+        log_states: which states become scalars in the loggers: "auto", "all", or their numbers.
+        options: fields of `MonitorConfig`.
+
+    Raises:
+        TypeError: an option that does not exist, or both a config and options.
+        ValueError: an option out of its range; when fitting starts, a model whose blocks are not found.
+    """
+
+    def __init__(
+        self,
+        config: MonitorConfig | None = None,
+        *,
+        sinks: Sequence[AbstractSink] | None = None,
+        blocks: str | Sequence[Module] | None = None,
+        stream: str | None = None,
+        name: str | None = None,
+        log_states: StateChoice = "auto",
+        **options: Any,
+    ) -> None:
+        self.config = MonitorConfig.from_options(config, options)
+        self.monitor: Monitor | None = None
+        """The engine, from the start of fitting on."""
+        self._sinks = sinks
+        self._blocks = blocks
+        self._stream = stream
+        self._name = name
+        self._log_states: StateChoice = log_states
+        self._open: AbstractContextManager[None] | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Tells several monitors of one trainer apart in checkpoints."""
+        blocks = self._blocks if self._blocks is None or isinstance(self._blocks, str) else "given"
+        return self._generate_state_key(stream=self._stream, blocks=blocks, name=self._name)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the blocks. `setup` would be too early: models may only be built after it."""
+        self._close()
+        sinks: list[AbstractSink] = [_CallbackMetricsSink(trainer)]
+        if trainer.is_global_zero:
+            own = self._sinks if self._sinks is not None else [RunFileSink()]
+            sinks = [*own, LoggerSink(lambda: trainer.loggers, states=self._log_states), *sinks]
+        self.monitor = Monitor(
+            pl_module, self.config, sinks=sinks, blocks=self._blocks, stream=self._stream, name=self._name
+        )
+        self._name = self.monitor.run.name
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Open the optimizer step that this micro-batch belongs to."""
+        if self.monitor is not None:
+            self._open = self.monitor.step(_optimizer_step(trainer))
+            self._open.__enter__()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Close the micro-batch, and publish the step with the last one of it."""
+        if self.monitor is None or self._open is None:
+            return
+        self._open.__exit__(None, None, None)
+        self._open = None
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            # Lightning has divided the loss by the number of micro-batches.
+            self.monitor.log(loss=loss * trainer.accumulate_grad_batches)
+        if not _accumulates(trainer):
+            self.monitor.publish()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Deliver what is in flight before other callbacks look at `callback_metrics`."""
+        if self.monitor is not None:
+            self.monitor.flush()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Drop the step that was cut off and finish the files; no other hook follows an exception."""
+        if self.monitor is not None:
+            self.monitor.discard()
+        self._close()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Finish the files."""
+        if stage == "fit":
+            self._close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The name of the run, under which a resumed run goes on in the same file."""
+        return {"name": self._name}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the run of the checkpoint."""
+        self._name = state_dict["name"]
+
+    def _close(self) -> None:
+        if self.monitor is not None:
+            self.monitor.close()
+        self._open = None
+
+
+class _CallbackMetricsSink(AbstractSink):
+    """Puts every state's scalars where EarlyStopping and ModelCheckpoint look for them."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def start(self, run: RunInfo) -> None:
+        pass
+
+    def write(self, snapshot: Snapshot) -> None:
+        items = scalar_items(snapshot, "all")
+        self._trainer.callback_metrics.update({key: torch.tensor(value) for key, value in items.items()})
+
+    def close(self) -> None:
+        pass
+
+
+def _optimizer_step(trainer: Trainer) -> int:
+    """The step at which the trainer logs its own metrics; unlike `global_step`, one per batch with several optimizers."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def _accumulates(trainer: Trainer) -> bool:
+    """Whether more micro-batches of this optimizer step follow."""
+    return trainer.fit_loop._should_accumulate()

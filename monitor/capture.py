@@ -1,0 +1,277 @@
+"""From hooks to one buffer: copies of h^(0..L), of the sampled sequences and tokens, for every training forward of a step."""
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.utils.hooks import RemovableHandle
+
+from repflow.monitor.residual_stream import ResidualStream, mask_position
+from repflow.monitor.sampling import Selection
+
+
+@dataclass(frozen=True, eq=False)
+class CapturedForward:
+    """The states of one micro-batch, valid until the next forward begins."""
+
+    states: Tensor
+    """`[S, R, K, D]`: R sequences and K tokens of each, chosen by `selection`."""
+    mask: Tensor | None
+    """`[B, T]` of the whole micro-batch, as the model received it, or as it was given."""
+    selection: Selection
+    """Which rows and tokens of the micro-batch `states` holds."""
+    shape: tuple[int, int]
+    """(B, T) of the whole micro-batch."""
+
+
+class CaptureError(RuntimeError):
+    """The states of a forward cannot be captured; the message names the layer and the remedy."""
+
+
+class CaptureBuffer:
+    """One flat tensor that every forward's states are copied into, reused from step to step.
+
+    It has the size and the promoted dtype of what was captured so far, up to `max_memory_mib`: never narrower than the states.
+    """
+
+    def __init__(self, max_memory_mib: int) -> None:
+        self._limit = max_memory_mib * 2**20
+        self._flat: Tensor | None = None
+        self._widest: torch.dtype | None = None
+
+    def capacity(self, state: Tensor, num_states: int) -> int:
+        """Most tokens of `num_states` states like `state` that fit."""
+        return self._limit // (num_states * state.shape[-1] * self._dtype(state).itemsize)
+
+    def view(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """The buffer as a contiguous tensor of `shape` on the device of `like`; its content is what was there before."""
+        size, dtype = prod(shape), self._dtype(like)
+        flat = self._flat
+        if flat is None or flat.numel() < size or flat.dtype != dtype or flat.device != like.device:
+            self._flat = flat = None  # freed before the larger one is allocated
+            self._flat = flat = torch.empty(size, dtype=dtype, device=like.device)
+        return flat[:size].view(shape)
+
+    def widen(self, view: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """The same view and content in a buffer of `dtype`; None if that exceeds the limit, and only later views will have it."""
+        self._flat = None
+        self._widest = dtype
+        if view.numel() * dtype.itemsize > self._limit:
+            return None
+        return self.view(tuple(view.shape), view).copy_(view)
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self._flat = None
+
+    def _dtype(self, like: Tensor) -> torch.dtype:
+        self._widest = like.dtype if self._widest is None else torch.promote_types(self._widest, like.dtype)
+        return self._widest
+
+
+@dataclass(eq=False)
+class _Entry:
+    """What was seen on the way in: the innermost call of a module that contains the blocks."""
+
+    depth: int
+    grad: bool
+    training: bool
+    mask: Tensor | None = None
+
+
+@dataclass(eq=False)
+class _Forward:
+    """A forward that is being recorded."""
+
+    view: Tensor
+    selections: dict[torch.device, Selection]
+    shape: tuple[int, int]
+    flat_tokens: bool
+    mask: Tensor | None
+    filled: int = 0
+
+
+@dataclass(eq=False)
+class _Hook:
+    """A hook that stays with its module: copying or pickling a hooked model must not take the monitor along."""
+
+    call: Callable[..., None] | None
+
+    def __call__(self, *args: Any) -> None:
+        if self.call is not None:
+            self.call(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
+        return _Hook(None)
+
+    def __reduce__(self) -> tuple[type["_Hook"], tuple[None]]:
+        return _Hook, (None,)
+
+
+@dataclass(eq=False)
+class Capture:
+    """Hooks on a stream that are there only between `arm` and `disarm`.
+
+    Recorded is each forward that begins with gradients enabled and the model in training mode. Not recorded: evaluation, `generate()`,
+    forwards under no_grad, and what activation checkpointing recomputes during backward. `ignored` counts the forwards left out.
+    """
+
+    stream: ResidualStream
+    final_norm: bool
+    """Read h^(L) after the final norm."""
+    buffer: CaptureBuffer
+    choose: Callable[[tuple[int, int], Tensor], Selection]
+    """From (B, T) and the first state to what is kept of this forward."""
+    on_forward: Callable[[CapturedForward], None]
+    """Called at the end of each recorded forward, inside the last hook."""
+    guard: Callable[[Callable[..., None]], Callable[..., None]]
+    """Wraps every hook: must let no exception out."""
+    ignored: Counter[str] = field(default_factory=Counter)
+    _handles: list[RemovableHandle] = field(default_factory=list)
+    _entry: _Entry | None = None
+    _forward: _Forward | None = None
+    _mask: Tensor | None = None
+
+    def arm(self, mask: Tensor | None) -> None:
+        """Register the hooks. `mask` replaces the masks that the model receives."""
+        self.disarm()
+        self.ignored.clear()
+        self._mask = mask
+        for depth, module in enumerate(self.stream.ancestors):
+            hook = functools.partial(self._enter, depth, mask_position(module))
+            self._handles.append(module.register_forward_pre_hook(self._wrap(hook), with_kwargs=True))
+        first = self.stream.blocks[0].module
+        self._handles.append(first.register_forward_pre_hook(self._wrap(self._begin), with_kwargs=True))
+        indices: dict[Module, list[int]] = {}
+        for block in self.stream.blocks[: -1 if self.final_norm else None]:
+            indices.setdefault(block.module, []).append(block.index)
+        for module, owned in indices.items():
+            self._handles.append(module.register_forward_hook(self._wrap(functools.partial(self._leave, owned))))
+        if self.final_norm and self.stream.final_norm is not None:
+            hook = functools.partial(self._leave, [len(self.stream) - 1])
+            self._handles.append(self.stream.final_norm.register_forward_hook(self._wrap(hook)))
+
+    def disarm(self) -> None:
+        """Remove the hooks. A forward that is under way is dropped."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._forward is not None:
+            self.ignored["forwards that did not pass through all blocks"] += 1
+        self._entry = self._forward = self._mask = None
+
+    def _wrap(self, hook: Callable[..., None]) -> _Hook:
+        return _Hook(self.guard(hook))
+
+    def _enter(self, depth: int, position: int | None, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A module that contains the blocks is called: remember the mode, and its 2-D mask if it has one."""
+        if _in_backward():
+            return
+        mask = kwargs.get("attention_mask")
+        if mask is None and position is not None and position < len(args):
+            mask = args[position]
+        if not (isinstance(mask, Tensor) and mask.ndim == 2):
+            outer = self._entry is not None and self._entry.depth < depth
+            mask = self._entry.mask if outer and self._entry is not None else None
+        self._entry = _Entry(depth, torch.is_grad_enabled(), module.training, mask)
+
+    def _begin(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The first block is called: decide whether to record, and take h^(0)."""
+        if _in_backward():
+            return
+        if self._forward is not None and self._entry is None and self._forward.filled > 1:
+            if self.stream.blocks[self._forward.filled - 1].module is module:
+                return  # the first block's module runs again, further up the same stream
+        entry, self._entry = self._entry or _Entry(0, torch.is_grad_enabled(), module.training), None
+        if self._forward is not None:
+            self.ignored["forwards that did not pass through all blocks"] += 1
+            self._forward = None
+        if not entry.grad:
+            self.ignored["forwards without gradients"] += 1
+        elif not entry.training:
+            self.ignored["forwards in evaluation mode"] += 1
+        else:
+            block = self.stream.blocks[0]
+            state = block.reader.entry(args, kwargs).detach()
+            self._forward = self._start(state, self._mask if self._mask is not None else entry.mask)
+            self._store(self._forward, state)
+
+    def _leave(self, owned: list[int], module: Module, args: tuple[Any, ...], output: Any) -> None:
+        """Block l returns: take h^(l+1). `owned` are the positions of this module in the stream, several if it is shared."""
+        forward = self._forward
+        if forward is None or _in_backward():
+            return
+        index = forward.filled - 1
+        if index not in owned:
+            raise CaptureError(
+                f"expected block {index} ('{self.stream.blocks[index].name}') to run next, but block {owned[0]} "
+                f"('{self.stream.blocks[owned[0]].name}') did; pass the blocks in the order in which they run: blocks=[...]"
+            )
+        self._store(forward, self.stream.blocks[index].reader.exit(output).detach())
+        if forward.filled == len(self.stream) + 1:
+            self._forward = None
+            selection = forward.selections[forward.view.device]
+            self.on_forward(CapturedForward(forward.view, forward.mask, selection, forward.shape))
+
+    def _start(self, state: Tensor, mask: Tensor | None) -> _Forward:
+        flat_tokens = state.ndim == 2
+        if flat_tokens:
+            state = state.unsqueeze(0)
+            mask = mask.reshape(1, -1) if mask is not None else None
+        if state.ndim != 3:
+            raise CaptureError(
+                f"expected states of shape [B, T, D], got {list(state.shape)} at the input of '{self.stream.blocks[0].name}'; "
+                "pass the blocks of a stream of tokens: blocks=..."
+            )
+        rows, tokens, features = state.shape
+        mask = _fit_mask(mask, rows, tokens)
+        selection = self.choose((rows, tokens), state).to(state.device)
+        view = self.buffer.view((len(self.stream) + 1, *selection.shape, features), state)
+        return _Forward(view, {state.device: selection}, (rows, tokens), flat_tokens, mask)
+
+    def _store(self, forward: _Forward, state: Tensor) -> None:
+        if forward.flat_tokens:
+            state = state.unsqueeze(0)
+        if state.shape != (*forward.shape, forward.view.shape[-1]):
+            name = self.stream.blocks[forward.filled - 1].name
+            raise CaptureError(
+                f"expected every state to be {[*forward.shape, forward.view.shape[-1]]} like the first, got {list(state.shape)} from "
+                f"'{name}'; repflow follows a stream of one width: pass the part of the model that has it, blocks=..."
+            )
+        if state.device not in forward.selections:
+            forward.selections[state.device] = forward.selections[forward.view.device].to(state.device)
+        dtype = torch.promote_types(forward.view.dtype, state.dtype)
+        if dtype != forward.view.dtype:
+            wider = self.buffer.widen(forward.view, dtype)
+            if wider is None:
+                self.ignored[f"forwards whose states turned out to be {dtype}, too large for the buffer"] += 1
+                self._forward = None
+                return
+            forward.view = wider
+        forward.view[forward.filled].copy_(forward.selections[state.device].take(state), non_blocking=True)
+        forward.filled += 1
+
+
+def _fit_mask(mask: Tensor | None, rows: int, tokens: int) -> Tensor | None:
+    """A mask of the states' shape `[rows, tokens]`, from what models call `attention_mask`."""
+    if mask is None or mask.shape == (rows, tokens):
+        return mask
+    if mask.shape[0] == rows and mask.shape[1] > tokens:
+        return mask[:, -tokens:]  # covers cached or virtual tokens in front
+    if mask.shape == (tokens, tokens):
+        return None  # which token sees which: says nothing about padding
+    raise CaptureError(
+        f"expected a mask of shape {[rows, tokens]} like the states, got {list(mask.shape)}; "
+        "pass the right one: monitor.step(k, mask=...)"
+    )
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running: activation checkpointing then repeats forwards. Grad mode does not tell."""
+    return torch._C._current_graph_task_id() != -1

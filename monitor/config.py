@@ -1,0 +1,90 @@
+"""`MonitorConfig`: every choice that a monitored run leaves open."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from repflow.triton_kernels.hsic import Estimator
+
+Metric = Literal["inter_token", "adjacent", "variation", "cka"]
+StatesConvention = Literal["residual", "hf"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorConfig:
+    """What a `Monitor` measures, how often, and what it may cost.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value out of its range.
+    """
+
+    every_n_steps: int = 50
+    """Measure every n-th optimizer step, counted from step 0. Unit: optimizer steps."""
+    max_tokens: int = 8192
+    """Most tokens measured of one micro-batch, on each rank. Whole sequences first. Unit: tokens."""
+    cka_tokens: int = 2048
+    """Most tokens of those that enter CKA, whose cost grows with their square. Unit: tokens."""
+    max_memory_mib: int = 1024
+    """Largest capture buffer. Fewer tokens are measured where `max_tokens` would not fit, and that is said. Unit: MiB."""
+    skip_first_tokens: int = 0
+    """Leave out the first tokens of every sequence (attention sinks) from all statistics. Unit: tokens."""
+    metrics: tuple[Metric, ...] = get_args(Metric)
+    """Which families to compute. Norms and the counts of non-finite and zero tokens always are."""
+    states: StatesConvention = "residual"
+    """`residual`: h^(L) is the output of the last block. `hf`: it is taken after the final norm, as `output_hidden_states` of transformers has it."""
+    cka_estimator: Estimator = "unbiased"
+    """Estimator of HSIC; see `repflow.monitor.functional.layer_cka`."""
+    seed: int = 0
+    """Chooses sequences and tokens, together with the step. Independent of every other random state."""
+
+    def __post_init__(self) -> None:
+        for name, smallest in _SMALLEST.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"`MonitorConfig`: expected {name} to be an integer, got {value!r}")
+            if value < smallest:
+                raise ValueError(f"`MonitorConfig`: expected {name} of {smallest} or more, got {value}{_HINTS.get(name, '')}")
+        if isinstance(self.metrics, str):
+            raise TypeError(f"`MonitorConfig`: expected metrics as a tuple of names, got {self.metrics!r}; write ({self.metrics!r},)")
+        object.__setattr__(self, "metrics", tuple(self.metrics))
+        for metric in self.metrics:
+            _check_choice("metrics", metric, get_args(Metric))
+        _check_choice("states", self.states, get_args(StatesConvention))
+        _check_choice("cka_estimator", self.cka_estimator, get_args(Estimator))
+
+    @classmethod
+    def from_options(cls, config: "MonitorConfig | None", options: Mapping[str, Any]) -> "MonitorConfig":
+        """A config given as such, or as its fields.
+
+        Raises:
+            TypeError: both given, or a field that does not exist.
+        """
+        if config is not None and options:
+            raise TypeError(
+                f"`MonitorConfig`: expected either a config or single options, got both; put {', '.join(options)} into the config"
+            )
+        names = [field.name for field in fields(cls)]
+        if unknown := sorted(set(options) - set(names)):
+            raise TypeError(f"`MonitorConfig`: unknown option {', '.join(unknown)}; expected some of {', '.join(names)}")
+        return config or cls(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values."""
+        return asdict(self)
+
+
+_SMALLEST = {
+    "every_n_steps": 1,
+    "max_tokens": 4,
+    "cka_tokens": 4,
+    "max_memory_mib": 1,
+    "skip_first_tokens": 0,
+    "seed": -(2**63),
+}
+_HINTS = {"every_n_steps": "; to switch monitoring off, leave the monitor out", "max_tokens": ", what unbiased CKA needs"}
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`MonitorConfig`: expected {name} among {', '.join(map(repr, choices))}, got {value!r}")

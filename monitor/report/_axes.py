@@ -1,0 +1,76 @@
+"""Axes of figures, as plain JSON-able dicts of Plotly: the scales that panels share."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repflow.monitor.report._runs import Run
+
+Figure = dict[str, Any]
+"""A Plotly figure, or a part of one."""
+Floats = NDArray[np.float64]
+
+EXTREME_RATIO = 20.0
+"""Values further apart than this are drawn on a logarithmic axis."""
+
+
+def plotly_text(text: str) -> str:
+    """`text` so that Plotly, which reads a subset of HTML in every label, shows it as it is."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def value_axis(title: str, values: Sequence[Floats], *, bounds: tuple[float, float] | None = None) -> Figure:
+    """A vertical axis that all panels of a quantity share, over `bounds` extended to the values, with some air.
+
+    Without bounds, positive values that differ by more than `EXTREME_RATIO` get a logarithmic axis.
+    """
+    low, high = finite_range(values, bounds)
+    if bounds is None and low > 0 and high / low > EXTREME_RATIO:
+        return _log_axis(title, low, high)
+    air = 0.05 * (high - low) or abs(high) * 0.05 or 1.0
+    return {"title": {"text": _axis_title(title)}, "range": [low - air, high + air]}
+
+
+def _log_axis(title: str, low: float, high: float) -> Figure:
+    """Plotly's own ticks leave short logarithmic axes with one label or none."""
+    first, last = np.log10(low), np.log10(high)
+    air = 0.05 * (last - first)
+    digits = (1, 2, 5) if last - first < 3 else (1,)
+    decades = range(int(np.floor(first)), int(np.ceil(last)) + 1)
+    return {
+        "title": {"text": _axis_title(f"{title}, log scale")},
+        "type": "log",
+        "range": [float(first - air), float(last + air)],
+        "tickvals": [digit * 10.0**decade for decade in decades for digit in digits],
+        "tickformat": "~g",
+    }
+
+
+def finite_range(values: Sequence[Floats], bounds: tuple[float, float] | None = None) -> tuple[float, float]:
+    """Smallest and largest finite value, `bounds` included; 0 and 1 if there is none."""
+    parts = [part[np.isfinite(part)] for part in values]
+    found = np.concatenate([np.asarray(bounds or (), dtype=np.float64), *parts])
+    return (float(found.min()), float(found.max())) if found.size else (0.0, 1.0)
+
+
+def step_axis(step_range: tuple[float, float]) -> Figure:
+    """The steps that all panels show."""
+    low, high = step_range
+    # A step is whole: no ticks between.
+    ticks = {"dtick": 1} if high - low <= 6 else {"nticks": 6}
+    return {"title": {"text": "optimizer step"}, "range": [low, high], **ticks}
+
+
+def depth_axis(run: Run, over: str, padding: float = 0.5) -> Figure:
+    """The states 0 … L or blocks 0 … L−1 of one run."""
+    last = run.depth if over == "state" else run.depth - 1
+    spacing = next((gap for gap in (1, 2, 4, 8, 16, 32, 64) if last / gap <= 9), 128)
+    title = "depth: state <i>l</i>" if over == "state" else "depth: block <i>l</i>"
+    return {"title": {"text": title}, "range": [-padding, last + padding], "tick0": 0, "dtick": spacing}
+
+
+def _axis_title(title: str) -> str:
+    """`V_loc` and `V_glob` with their subscripts, all else as it is."""
+    return plotly_text(title).replace("V_loc", "V<sub>loc</sub>").replace("V_glob", "V<sub>glob</sub>")

@@ -1,0 +1,133 @@
+"""What sections are made of: panels that share their scales, in groups with one legend."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+
+from repflow.monitor.report._axes import Figure, Floats, value_axis
+from repflow.monitor.report._figures import depth_curves, step_curves
+from repflow.monitor.report._html import color_legend, kinds_legend, order_legend
+from repflow.monitor.report._runs import Run
+from repflow.monitor.report._thin import HEATMAP_COLUMNS, spread
+
+CURVES_OVER_DEPTH = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One figure with a heading."""
+
+    title: str
+    """Plain text."""
+    figure: Figure
+    """Data and layout for Plotly."""
+    detail: str = ""
+    """Plain text after the title, in lighter type."""
+    color: str | None = None
+    """Colour of the run, where the panel shows one run alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Panels that share their scales, with one legend."""
+
+    legend: str
+    """HTML."""
+    panels: Sequence[Panel]
+    """In the order of the runs, or of the quantities."""
+    note: str = ""
+    """HTML below the legend: what was left out."""
+    slider: Sequence[int] = ()
+    """Steps that one slider runs through."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """One quantity, or several that are read together."""
+
+    id: str
+    """Anchor in the page."""
+    title: str
+    """Plain text."""
+    text: str
+    """Definition and reading, HTML."""
+    groups: Sequence[Group]
+    """Below the text."""
+    extra: str = ""
+    """HTML below the groups."""
+
+
+def heatmaps(
+    runs: Sequence[Run],
+    figures: Sequence[Figure],
+    values: Sequence[Floats],
+    colors: tuple[float, float],
+    label: str,
+    *,
+    maxima: bool = False,
+) -> Group:
+    """One depth × step heatmap per run."""
+    panels = [
+        Panel(
+            title=run.label,
+            detail="" if np.isfinite(part).any() else "not measured",
+            figure=figure,
+            color=run.color,
+        )
+        for run, figure, part in zip(runs, figures, values, strict=True)
+    ]
+    legend = color_legend(colors, label[:1].upper() + label[1:]) + kinds_legend(runs)
+    return Group(legend=legend, panels=panels, note=thinned(runs, HEATMAP_COLUMNS, "columns", maxima=maxima))
+
+
+def curves_over_depth(runs: Sequence[Run], name: str, label: str, axis: Figure) -> Group:
+    """Per run, the curves of a few snapshots over states."""
+    panels = [
+        Panel(
+            title=run.label,
+            detail=f"{'steps' if len(run.steps) > 1 else 'step'} {_listed(run)}",
+            figure=depth_curves(run, name, label=label, y_axis=axis, chosen=chosen(run)),
+            color=run.color,
+        )
+        for run in runs
+    ]
+    return Group(legend=order_legend() + kinds_legend(runs), panels=panels)
+
+
+def over_steps(
+    runs: Sequence[Run],
+    values_of: Callable[[Run], Floats],
+    title: str,
+    unit: str,
+    steps: tuple[float, float],
+    *,
+    bounds: tuple[float, float] | None = None,
+    reduce: str = "pick",
+) -> Panel:
+    axis = value_axis(unit, [values_of(run) for run in runs], bounds=bounds)
+    figure = step_curves(runs, values_of, label=title, y_axis=axis, step_range=steps, reduce=reduce)
+    return Panel(title=title, figure=figure)
+
+
+def chosen(run: Run) -> list[int]:
+    return spread(len(run.steps), CURVES_OVER_DEPTH).tolist()
+
+
+def _listed(run: Run) -> str:
+    return ", ".join(f"{step:,}" for step in run.steps[chosen(run)])
+
+
+def thinned(runs: Sequence[Run], limit: int, what: str, *, maxima: bool = False) -> str:
+    """Says of which runs not every snapshot is shown."""
+    cut = [run for run in runs if len(run.steps) > limit]
+    if not cut:
+        return ""
+    how = "each the largest value since the one before" if maxima else "evenly spaced, first and last included"
+    counts = {len(run.steps) for run in cut}
+    if len(cut) == len(runs) and len(counts) == 1:
+        which = f"of {counts.pop():,} snapshots"
+    else:
+        which = ", ".join(f"of {len(run.steps):,} snapshots of {escape(run.label)}" for run in cut)
+    return f"Shown are {limit:,} {what} {which}, {how}."

@@ -1,0 +1,84 @@
+"""Small pieces of HTML. Whatever comes from a run file passes `escape` here or before."""
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+import numpy as np
+
+from repflow.monitor.report._figures import KIND_COLORS, OTHER_KIND_COLOR, kind_letter
+from repflow.monitor.report._runs import Run
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A value for reading, with a true minus sign and thousands separators."""
+    if not np.isfinite(value):
+        return "n/a"
+    text = f"{value:,.0f}" if abs(value) >= 100 or value == 0 else f"{value:#.{digits}g}"
+    return text.replace("-", "−")
+
+
+def run_name(run: Run) -> str:
+    """The run's name behind its colour."""
+    return f'<span class="run">{swatch(run.color)}{escape(run.label)}</span>'
+
+
+def swatch(color: str, letter: str = "") -> str:
+    """A little square of a colour, with a letter in it."""
+    return f'<span class="swatch" style="background:{color}" aria-hidden="true">{escape(letter)}</span>'
+
+
+def kinds_legend(runs: Iterable[Run]) -> str:
+    """The colours of the kinds of blocks that the runs have."""
+    found = {kind for run in runs for kind in run.kinds}
+    kinds = [kind for kind in KIND_COLORS if kind in found] + sorted(found - KIND_COLORS.keys())
+    items = (
+        f"<span>{swatch(KIND_COLORS.get(kind, OTHER_KIND_COLOR), kind_letter(kind))}{escape(kind)}</span>"
+        for kind in kinds
+    )
+    return f'<span class="legend">Kind of block: {"".join(items)}</span>'
+
+
+def runs_legend(runs: Iterable[Run]) -> str:
+    """The line styles of the runs."""
+    items = (f"<span>{_line_sample(run.color, run.dash)}{escape(run.label)}</span>" for run in runs)
+    return f'<span class="legend">{"".join(items)}</span>'
+
+
+def order_legend() -> str:
+    """How curves of one run at several steps differ."""
+    first, between, last = (
+        _line_sample("currentColor", dash, width, opacity)
+        for dash, width, opacity in (("dot", 1.5, 0.6), ("solid", 1.5, 0.6), ("solid", 2.6, 1.0))
+    )
+    return (
+        f'<span class="legend"><span>{first}first step</span><span>{between}in between, later is stronger</span>'
+        f"<span>{last}last step</span></span>"
+    )
+
+
+def color_legend(color_range: tuple[float, float], label: str) -> str:
+    """The colour scale that all heatmaps of a group share, with five values, and the colour of what is missing."""
+    ticks = "".join(f"<span>{value:.3g}</span>" for value in np.linspace(*color_range, 5))
+    return (
+        f'<span class="legend"><span>{escape(label)}</span>'
+        f'<span class="scale"><span class="ramp"></span><span class="ticks">{ticks}</span></span>'
+        '<span><span class="swatch missing" aria-hidden="true"></span>not measured</span></span>'
+    )
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose cells are HTML already; the first cell of a row is its header."""
+    header = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    body = "".join(
+        f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>' for first, *rest in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _line_sample(color: str, dash: str, width: float = 2, opacity: float = 1.0) -> str:
+    pattern = {"dash": "8 4", "dot": "2 3", "dashdot": "8 3 2 3"}.get(dash, "none")
+    return (
+        '<svg class="line" width="28" height="8" aria-hidden="true">'
+        f'<path d="M0 4H28" stroke="{color}" stroke-width="{width}" stroke-dasharray="{pattern}" opacity="{opacity}"/>'
+        "</svg>"
+    )

@@ -1,0 +1,145 @@
+"""The format of a run file: one SQLite database per run, holding the sums of every snapshot.
+
+Only sums are stored, never values derived from them, so that any window of steps can be recomputed.
+"""
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from repflow.monitor.snapshot import Snapshot
+
+APPLICATION_ID = int.from_bytes(b"rflo", "big")
+"""What SQLite's header says of the application: it tells a run file from any other database."""
+VERSION = 1
+"""Version of the format, SQLite's `user_version`."""
+
+_HEADER_BYTES = 100
+_MAGIC = b"SQLite format 3\x00"
+_KEYS = struct.Struct("<qqdd")
+
+# AUTOINCREMENT keeps the number of snapshots ever stored in a page of its own: a reader of a damaged file counts from
+# it what is lost. The table of attempts comes first, so that it survives truncation. SQLite stores NaN as NULL, hence
+# the nullable `overhead_ms`.
+TABLES = (
+    "CREATE TABLE attempt (attempt INTEGER PRIMARY KEY, started REAL NOT NULL, info TEXT NOT NULL, "
+    "crc32 INTEGER NOT NULL)",
+    "CREATE TABLE snapshot (id INTEGER PRIMARY KEY AUTOINCREMENT, attempt INTEGER NOT NULL, step INTEGER NOT NULL, "
+    "written REAL NOT NULL, overhead_ms REAL, scalars TEXT NOT NULL, sums BLOB NOT NULL, "
+    "crc32 INTEGER NOT NULL, UNIQUE (attempt, step))",
+)
+COLUMNS = "attempt, step, written, overhead_ms, scalars, sums, crc32"
+
+
+class RunFileError(ValueError):
+    """A run file cannot be read or written; the message says which, what is wrong with it and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row of the table `snapshot`, in the bytes that are stored."""
+
+    attempt: int
+    step: int
+    written: float
+    """Unix time, in seconds."""
+    overhead_ms: float
+    scalars: bytes
+    """JSON object, name -> number."""
+    sums: bytes
+    """The flat vector of `SumLayout`, little-endian float64."""
+
+    @classmethod
+    def of(cls, snapshot: Snapshot, *, attempt: int, written: float) -> "Record":
+        """Copy out of `snapshot` what is stored: nothing of the snapshot is referred to afterwards."""
+        return cls(
+            attempt=attempt,
+            step=int(snapshot.step),
+            written=written,
+            overhead_ms=float(snapshot.overhead_ms) if snapshot.overhead_ms == snapshot.overhead_ms else math.nan,
+            scalars=json.dumps({name: float(value) for name, value in snapshot.scalars.items()}).encode(),
+            sums=snapshot.sums.detach().numpy().astype("<f8", copy=False).tobytes(),
+        )
+
+    @classmethod
+    def from_row(cls, row: tuple[Any, ...]) -> "Record | None":
+        """The record of a row of `COLUMNS`; None where it is damaged."""
+        attempt, step, written, overhead_ms, scalars, sums, checksum = row
+        whole = (
+            isinstance(attempt, int)
+            and isinstance(step, int)
+            and (overhead_ms is None or isinstance(overhead_ms, float))
+            and isinstance(written, float)
+            and isinstance(scalars, bytes)
+            and isinstance(sums, bytes)
+        )
+        if not whole:
+            return None
+        record = cls(attempt, step, written, math.nan if overhead_ms is None else overhead_ms, scalars, sums)
+        return record if record.checksum == checksum else None
+
+    @property
+    def checksum(self) -> int:
+        """CRC-32 of all the other columns."""
+        keys = _KEYS.pack(self.attempt, self.step, self.written, self.overhead_ms)
+        return crc32(self.sums, crc32(self.scalars, crc32(keys)))
+
+    def row(self) -> tuple[Any, ...]:
+        """The values of `COLUMNS`."""
+        return (
+            self.attempt,
+            self.step,
+            self.written,
+            self.overhead_ms,
+            self.scalars.decode(),
+            self.sums,
+            self.checksum,
+        )
+
+    def tensor(self) -> Float64[Tensor, " size"]:
+        """The sums."""
+        return torch.from_numpy(np.frombuffer(self.sums, dtype="<f8").astype(np.float64))
+
+
+def identify(path: Path) -> None:
+    """Check by its header that `path` is a run file which this version reads.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        RunFileError: It is something else, or of a newer format.
+    """
+    if path.is_dir():
+        inside = ", ".join(sorted(entry.name for entry in path.glob("*.db"))[:8])
+        raise _refusal(path, "a directory", f"pass one of the run files in it: {inside or 'there is none'}")
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}: expected a run file, found nothing there; run files are written by `RunFileSink`, by default to "
+            "`repflow-runs/<name of the run>.db`: check the path, or the directory that the run was started in"
+        )
+    with path.open("rb") as file:
+        header = file.read(_HEADER_BYTES)
+    if not header:
+        raise _refusal(path, "an empty file", "no run has been written to it: start the run, or check the path")
+    if not header.startswith(_MAGIC[: len(header)]):
+        raise _refusal(path, "a file that is no SQLite database", "check the path")
+    if len(header) < _HEADER_BYTES:
+        raise _refusal(path, f"the first {len(header)} bytes of a database", "the file was cut off: fetch it again")
+    version, application = (int.from_bytes(header[at : at + 4], "big") for at in (60, 68))
+    if application != APPLICATION_ID:
+        raise _refusal(path, "an SQLite database of another application", "check the path")
+    if version > VERSION:
+        remedy = f"this version of repflow reads formats up to {VERSION}: upgrade repflow"
+        raise _refusal(path, f"a run file of format {version}", remedy)
+
+
+def _refusal(path: Path, found: str, remedy: str) -> RunFileError:
+    return RunFileError(f"{path}: expected a run file of repflow, found {found}; {remedy}")

@@ -1,0 +1,194 @@
+"""A run file as an `xarray.Dataset`, every value divided out of the stored sums."""
+
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from repflow.monitor.sinks._reading import RunFile, read_run_file
+from repflow.monitor.sinks._schema import Record, RunFileError
+from repflow.monitor.snapshot import POSITION_BINS, RunInfo, Snapshot, SumLayout
+
+if TYPE_CHECKING:
+    import xarray
+
+# variable -> dims after `step`, dtype, long_name, units
+_VARIABLES: dict[str, tuple[tuple[str, ...], str, str, str]] = {
+    "inter_token": (("state",), "f8", "inter-token similarity, mean cosine over pairs of tokens", "1"),
+    "update_inter_token": (("transition",), "f8", "inter-token similarity of the updates of a block", "1"),
+    "adjacent": (("transition",), "f8", "cosine of a token's states before and after a block", "1"),
+    "norms": (("state",), "f8", "L2 norm of a token's state", "units of the stream"),
+    "v_loc": ((), "f8", "V_loc, mean absolute second difference over depth", "units of the stream"),
+    "v_glob": ((), "f8", "V_glob, mean standard deviation over depth", "units of the stream"),
+    "v_loc_rel": ((), "f8", "V_loc of a token relative to the RMS of its states", "1"),
+    "v_glob_rel": ((), "f8", "V_glob of a token relative to the RMS of its states", "1"),
+    "local_variance": (("state",), "f8", "V_loc at an interior state", "units of the stream"),
+    "cka": (("state", "state_b"), "f8", "linear CKA of two states, tokens as examples", "1"),
+    "hsic_top_token": (("state",), "f8", "largest share of one token in the sum of fourth powers behind CKA", "1"),
+    "adjacent_tokens": (("transition", "position"), "f8", "`adjacent` by relative position in the sequence", "1"),
+    "overhead_ms": ((), "f8", "time spent on monitoring, mean over the snapshots of a window", "ms"),
+    "time": ((), "f8", "when the snapshot was written", "seconds since 1970-01-01"),
+    "nonfinite": (("state",), "i8", "valid tokens with a NaN or an infinity", "tokens"),
+    "zero": (("state",), "i8", "valid tokens that are the zero vector", "tokens"),
+    "tokens": ((), "i8", "valid tokens measured", "tokens"),
+    "sequences": ((), "i8", "sequences or documents measured", "sequences"),
+}
+
+
+def open_run(path: str | os.PathLike[str], *, window: int = 1, attempt: int | None = None) -> "xarray.Dataset":
+    """Open a run file, also while the run is still writing to it.
+
+    Dims: `step` (of the optimizer), `state` and `state_b` 0 … S−1, `transition` 0 … S−2 (transition l is the work of
+    block l, from state l to l + 1; coords `block_kind`, `block_name`) and `position` (centres of 64 bins of relative
+    position in the sequence). Variables: the values of `Snapshot` under the same names, `local_variance` by state with
+    NaN at both ends, `time` (Unix, s), and one for each of `Snapshot.scalars`, such as `loss`, NaN where a step has
+    none; a scalar with the name of another variable or dim gets the prefix `scalar_`. Attrs say what was monitored.
+
+    A run that was resumed has several attempts. By default the latest has the say: what an earlier one measured at or
+    after the first step of a later one is left out, and so are attempts with another number of states than the last.
+
+    Args:
+        path: The run file.
+        window: Snapshots that are merged into one, by adding up their sums before dividing (not by averaging values);
+            the last window may hold fewer. `step` and `time` are those of its last snapshot, `overhead_ms` and
+            scalars the mean.
+        attempt: Number of the only attempt to read, from 1.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        RunFileError: It is no run file, or of a newer version, or has no such attempt. A damaged file opens as
+            far as it is whole, with a warning that counts what is lost.
+        ValueError: `window` is not a positive integer.
+    """
+    if not isinstance(window, int) or window < 1:
+        raise ValueError(f"`open_run`: expected window= to be a number of snapshots of at least 1, got {window!r}")
+    path = Path(path)
+    file = read_run_file(path)
+    number, records = _latest(path, file) if attempt is None else (attempt, _only(path, file, attempt))
+    run = file.attempts[number]
+    windows = [records[start : start + window] for start in range(0, len(records), window)]
+    return _dataset(run, number, windows)
+
+
+def _only(path: Path, file: RunFile, attempt: int) -> list[Record]:
+    if attempt not in file.attempts:
+        present = ", ".join(map(str, file.attempts))
+        raise RunFileError(f"{path}: expected attempt= to be one of {present}, which the file holds, got {attempt!r}")
+    return _of(file, attempt)
+
+
+def _latest(path: Path, file: RunFile) -> tuple[int, list[Record]]:
+    """Number of the last attempt, and the records that no later attempt supersedes."""
+    last = max(file.attempts)
+    num_states = file.attempts[last].num_states
+    others = [number for number, run in file.attempts.items() if run.num_states != num_states]
+    if others:
+        warnings.warn(
+            f"{path}: attempts {', '.join(map(str, others))} are left out: the last has {num_states} states and they "
+            "do not; attempt= reads one of them",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    kept: list[Record] = []
+    for number in file.attempts:
+        if number in others:
+            continue
+        new = _of(file, number)
+        if new:
+            kept = [record for record in kept if record.step < new[0].step] + new
+    return last, kept
+
+
+def _of(file: RunFile, attempt: int) -> list[Record]:
+    """The records of one attempt, by step."""
+    return sorted((record for record in file.records if record.attempt == attempt), key=lambda record: record.step)
+
+
+def _merge(window: Sequence[Record], run: RunInfo) -> tuple[Snapshot, float]:
+    """The snapshot of a window, and its time."""
+    layout = SumLayout(run.num_states)
+    sums = window[0].tensor()
+    for record in window[1:]:
+        layout.merge_(sums, record.tensor())
+    scalars: dict[str, list[float]] = {}
+    for record in window:
+        for name, value in json.loads(record.scalars).items():
+            scalars.setdefault(name, []).append(value)
+    snapshot = Snapshot.from_sums(
+        sums,
+        num_states=run.num_states,
+        step=window[-1].step,
+        stream=run.stream,
+        overhead_ms=float(np.mean([record.overhead_ms for record in window])),
+        scalars={name: float(np.mean(values)) for name, values in scalars.items()},
+    )
+    return snapshot, window[-1].written
+
+
+def _dataset(run: RunInfo, attempt: int, windows: Sequence[Sequence[Record]]) -> "xarray.Dataset":
+    import xarray  # slow to import, and writing a run does not need it
+
+    steps = np.array([window[-1].step for window in windows], dtype=np.int64)
+    coords = _coords(run) | {"step": ("step", steps, {"long_name": "optimizer step", "units": "1"})}
+    sizes = {"state": run.num_states, "state_b": run.num_states, "position": POSITION_BINS}
+    sizes["transition"] = run.num_states - 1
+    arrays = {
+        name: np.empty((len(windows), *(sizes[dim] for dim in dims)), dtype)
+        for name, (dims, dtype, _, _) in _VARIABLES.items()
+    }
+    scalars: dict[str, np.ndarray] = {}
+    for row, window in enumerate(windows):
+        snapshot, written = _merge(window, run)
+        for name, array in arrays.items():
+            array[row] = written if name == "time" else _value(snapshot, name)
+        for name, value in snapshot.scalars.items():
+            scalars.setdefault(name, np.full(len(windows), np.nan))[row] = value
+    variables: dict[str, Any] = {
+        name: (("step", *dims), arrays[name], {"long_name": long_name, "units": units})
+        for name, (dims, _, long_name, units) in _VARIABLES.items()
+    }
+    for name, array in scalars.items():
+        free = f"scalar_{name}" if name in variables or name in coords else name
+        variables[free] = ("step", array, {"long_name": f"{name}, as the training loop logged it", "units": "1"})
+    return xarray.Dataset(variables, coords, _attrs(run, attempt))
+
+
+def _value(snapshot: Snapshot, name: str) -> Any:
+    """The value of a variable at one step."""
+    value = getattr(snapshot, name)
+    if name == "local_variance":  # interior states only
+        ends = len(snapshot.inter_token) - len(value)
+        return np.pad(value.numpy(), (min(ends, 1), max(ends - 1, 0)), constant_values=np.nan)
+    return value if isinstance(value, int | float) else value.numpy()
+
+
+def _coords(run: RunInfo) -> dict[str, Any]:
+    states, blocks = np.arange(run.num_states), run.blocks
+    centres = (np.arange(POSITION_BINS) + 0.5) / POSITION_BINS
+    return {
+        "state": ("state", states, {"long_name": "state of the residual stream", "units": "1"}),
+        "state_b": ("state_b", states, {"long_name": "the other state of a pair", "units": "1"}),
+        "transition": ("transition", states[:-1], {"long_name": "from state l to l + 1, by block l", "units": "1"}),
+        "position": ("position", centres, {"long_name": "relative position in the sequence", "units": "1"}),
+        "block_kind": ("transition", np.array([block.kind for block in blocks], dtype=str)),
+        "block_name": ("transition", np.array([block.name for block in blocks], dtype=str)),
+    }
+
+
+def _attrs(run: RunInfo, attempt: int) -> dict[str, Any]:
+    config: Mapping[str, Any] = run.config
+    return {
+        "name": run.name,
+        "stream": run.stream,
+        "model_class": run.model_class,
+        "parameters": run.parameters,
+        "config": json.dumps(dict(config), ensure_ascii=False),
+        "versions": json.dumps(dict(run.versions), ensure_ascii=False),
+        "cka_estimator": str(config.get("cka_estimator", "unknown")),
+        "states": str(config.get("states", "unknown")),
+        "attempt": attempt,
+    }

@@ -1,0 +1,176 @@
+"""Shows a run in Weights & Biases."""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from repflow._imports import require
+from repflow.monitor.sinks._base import AbstractSink
+from repflow.monitor.sinks._keys import StateChoice, scalar_items
+from repflow.monitor.sinks._reading import copy_run_file
+from repflow.monitor.sinks._worker import Worker
+from repflow.monitor.sinks.heatmap import Heatmap, HeatmapSeries
+from repflow.monitor.sinks.run_file import RunFileSink
+from repflow.monitor.snapshot import RunInfo, Snapshot
+
+if TYPE_CHECKING:
+    import wandb
+
+Images = dict[str, Any]
+"""What one log call takes of a snapshot's images: key -> `wandb.Image`, and the step that they show."""
+
+
+class WandbSink(AbstractSink):
+    """Logs scalars and heatmaps of every snapshot to W&B, one log call each; also offline.
+
+    Scalars are those of `scalar_items`, over `repflow/step`, the step that was measured: W&B's own step is left to the
+    training loop. Heatmaps (`repflow/cka`, `repflow/inter_token`) are encoded in a thread and go out with a later call,
+    together with the step they show, `repflow/heatmap_step`. At the end the summary gets the last values of all states.
+
+    Args:
+        run: The W&B run; by default the one that is active at `start`, or else a new one, which `close` finishes.
+        states: Which states become scalars: "auto", "all" or their numbers.
+        heatmaps: Whether to log images.
+        max_images: The most images of one run, thinned out as it gets longer.
+        run_file: A run file, or the `RunFileSink` that writes it, to be saved as an artifact on `close`.
+        **init_kwargs: For `wandb.init`, if it is called: `project`, `mode`, `dir` and so on.
+
+    Raises:
+        ModuleNotFoundError: wandb (or Pillow, for heatmaps) is missing.
+        ValueError: `max_images` is too small.
+    """
+
+    def __init__(
+        self,
+        run: "wandb.Run | None" = None,
+        *,
+        states: StateChoice = "auto",
+        heatmaps: bool = True,
+        max_images: int = 300,
+        run_file: str | os.PathLike[str] | RunFileSink | None = None,
+        **init_kwargs: Any,
+    ) -> None:
+        require("wandb")
+        if heatmaps:
+            require("pillow")
+            HeatmapSeries(max_images)  # checks it now rather than when training begins
+        self._given = run
+        self._states: StateChoice = states
+        self._max_images = max_images if heatmaps else 0
+        self._run_file = run_file
+        self._init_kwargs = init_kwargs
+        self._run: wandb.Run | None = None
+        self._own = False
+        self._last: Snapshot | None = None
+        self._series: HeatmapSeries | None = None
+        self._worker: Worker[list[Heatmap]] | None = None
+        self._images: SimpleQueue[Images] = SimpleQueue()
+
+    def start(self, run: RunInfo) -> None:
+        """Find or open the W&B run, and tell it what is monitored."""
+        import wandb
+
+        self.close()
+        active = self._given or wandb.run
+        self._own = active is None
+        defaults: dict[str, Any] = {"project": "repflow", "name": run.name}
+        self._run = active or wandb.init(**(defaults | self._init_kwargs))
+        self._run.config.update({"repflow": _described(run)}, allow_val_change=True)
+        self._run.define_metric("repflow/step", hidden=True)
+        self._run.define_metric("repflow/*", step_metric="repflow/step")
+        self._last = None
+        if self._max_images:
+            self._start_heatmaps()
+
+    def _start_heatmaps(self) -> None:
+        assert self._run is not None
+        self._series = HeatmapSeries(self._max_images)
+        self._run.define_metric("repflow/heatmap_step", hidden=True)
+        for name in HeatmapSeries.NAMES:
+            self._run.define_metric(f"repflow/{name}", step_metric="repflow/heatmap_step")
+        self._images = images = SimpleQueue()
+        self._worker = Worker(lambda drawn: _encode(drawn, images), name="images for W&B", capacity=8)
+
+    def write(self, snapshot: Snapshot) -> None:
+        """Log the scalars, and the images that are ready.
+
+        Raises:
+            RuntimeError: Not started, or already closed.
+        """
+        if self._run is None:
+            raise RuntimeError("`WandbSink.write`: expected `start` to come first; call `start(run)`")
+        self._run.log({"repflow/step": snapshot.step, **scalar_items(snapshot, self._states), **self._ready()})
+        self._last = snapshot
+        if self._series is not None and (drawn := self._series.add(snapshot)):
+            self._submit(drawn)
+
+    def close(self) -> None:
+        """Log what is left, the summary and the artifact; finish the run if this sink opened it."""
+        run, self._run = self._run, None
+        if run is None:
+            return
+        try:
+            self._log_rest(run)
+            if self._run_file is not None:
+                _save(run, self._run_file)
+        finally:
+            if self._own:
+                run.finish()
+
+    def _log_rest(self, run: "wandb.Run") -> None:
+        if self._series is not None and self._worker is not None:
+            if drawn := self._series.last():
+                self._submit(drawn)
+            self._worker.close()
+            while images := self._ready():
+                run.log(images)
+            self._series = self._worker = None
+        if self._last is not None:
+            run.summary.update({"repflow/step": self._last.step, **scalar_items(self._last, "all")})
+
+    def _submit(self, drawn: list[Heatmap]) -> None:
+        assert self._worker is not None
+        self._worker.submit(drawn)
+
+    def _ready(self) -> Images:
+        """The images of the oldest snapshot whose images are encoded, if there is one."""
+        try:
+            return self._images.get_nowait()
+        except Empty:
+            return {}
+
+
+def _encode(drawings: Iterator[list[Heatmap]], images: "SimpleQueue[Images]") -> None:
+    """What the thread runs. `wandb.Image` writes the PNG as it is made."""
+    import wandb
+
+    for drawn in drawings:
+        ready: Images = {"repflow/heatmap_step": drawn[0].step}
+        for heatmap in drawn:
+            caption = f"step {heatmap.step}: {heatmap.caption}"
+            ready[f"repflow/{heatmap.name}"] = wandb.Image(heatmap.rgb(), caption=caption)
+        images.put(ready)
+
+
+def _described(run: RunInfo) -> Mapping[str, Any]:
+    """What W&B's config says of the run."""
+    return asdict(run) | {"blocks": [asdict(block) for block in run.blocks], "num_states": run.num_states}
+
+
+def _save(run: "wandb.Run", run_file: str | os.PathLike[str] | RunFileSink) -> None:
+    """Save a copy of the run file as an artifact: it is still being written if its sink is closed after this one."""
+    import wandb
+
+    path = run_file.path if isinstance(run_file, RunFileSink) else Path(run_file)
+    if path is None:  # its sink never started
+        return
+    artifact = wandb.Artifact(f"repflow-{run.id}", type="repflow-run")
+    with TemporaryDirectory(prefix="repflow-") as scratch:
+        copy = Path(scratch) / path.name
+        copy_run_file(path, copy)
+        artifact.add_file(str(copy), name=path.name)
+    run.log_artifact(artifact)

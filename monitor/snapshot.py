@@ -1,0 +1,248 @@
+"""What one monitored step yields: the sums that were accumulated, and the `Snapshot` that is divided out of them.
+
+Everything that repflow reports is a ratio of sums over tokens or over groups (sequences, or documents of packed rows).
+The sums of one step live in a single flat float64 vector, so that they are copied from the device in one piece, added
+up over micro-batches, ranks or steps by plain addition, and stored in the run file as they are.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from itertools import pairwise
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+from repflow.monitor.functional.cka import cka_from_hsic
+
+POSITION_BINS = 64
+
+
+@dataclass(frozen=True)
+class SumLayout:
+    """Where each sum of a step lies in the flat vector, for a stream of `num_states` states (S = L + 1).
+
+    All entries are sums, except the last ones, named in `MAXIMA`, which are merged by maximum.
+    """
+
+    num_states: int
+
+    MAXIMA: ClassVar[tuple[str, ...]] = ("fourth_moment_max", "mask_max")
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every sum, in the order of the flat vector."""
+        states = self.num_states
+        transitions, interior = states - 1, max(states - 2, 0)
+        return {
+            "tokens": (),  # valid tokens measured
+            "sequences": (),  # groups with at least one valid token
+            "short_sequences": (),  # groups with too few tokens for inter-token similarity (fewer than 2)
+            "inter_token": (states,),  # Σ over groups of the similarity of h^(l)
+            "inter_token_groups": (states,),
+            "update_inter_token": (transitions,),  # the same of Δh^(l)
+            "update_inter_token_groups": (transitions,),
+            "adjacent": (transitions,),  # Σ over tokens of cos(h^(l), h^(l+1))
+            "adjacent_tokens": (transitions, POSITION_BINS),  # the same by relative position in the sequence
+            "adjacent_tokens_count": (transitions, POSITION_BINS),
+            "adjacent_count": (transitions,),
+            "norms": (states,),  # Σ over tokens of ‖h^(l)‖₂
+            "norms_count": (states,),
+            "local_variance": (interior,),  # Σ over tokens of the feature mean of |second difference|
+            "local_variance_count": (interior,),
+            "global_variance": (),  # Σ over tokens of the feature mean of the std over states
+            "global_variance_count": (),
+            "local_variance_relative": (),  # Σ over tokens of the token's local variance / its RMS
+            "global_variance_relative": (),
+            "relative_count": (),
+            "hsic": (states, states),  # Σ over groups of HSIC(a, b)
+            "hsic_groups": (),
+            "hsic_short_groups": (),  # groups with too few tokens for the estimator
+            "fourth_moment": (states,),  # Σ over the tokens of CKA of ‖x_c‖⁴
+            "nonfinite": (states,),  # valid tokens with a NaN or an infinity
+            "zero": (states,),  # valid tokens that are the zero vector
+            "fourth_moment_max": (states,),  # the largest ‖x_c‖⁴ of one token
+            "mask_max": (),  # the largest value of a mask that was read as padding only
+        }
+
+    @cached_property
+    def size(self) -> int:
+        """Length of the flat vector."""
+        return sum(prod(shape) for shape in self.shapes.values())
+
+    @cached_property
+    def _maxima_start(self) -> int:
+        return self.size - sum(prod(self.shapes[name]) for name in self.MAXIMA)
+
+    def zeros(self, device: torch.device | str = "cpu") -> Float64[Tensor, " size"]:
+        """An empty vector of sums."""
+        return torch.zeros(self.size, dtype=torch.float64, device=device)
+
+    def views(self, flat: Float64[Tensor, " size"]) -> dict[str, Tensor]:
+        """The named sums as views into `flat`: writing to one writes to the vector."""
+        if flat.shape != (self.size,):
+            raise ValueError(
+                f"`SumLayout.views`: expected a vector of {self.size} sums for {self.num_states} states, "
+                f"got shape {tuple(flat.shape)}"
+            )
+        bounds = [0]
+        for shape in self.shapes.values():
+            bounds.append(bounds[-1] + prod(shape))
+        return {
+            name: flat[start:end].view(shape)
+            for (name, shape), (start, end) in zip(self.shapes.items(), pairwise(bounds), strict=True)
+        }
+
+    def merge_(self, into: Float64[Tensor, " size"], other: Float64[Tensor, " size"]) -> None:
+        """Add the sums of `other` to `into`, in place."""
+        start = self._maxima_start
+        into[:start] += other[:start]
+        torch.maximum(into[start:], other[start:], out=into[start:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockInfo:
+    """One block of the stream, as it is stored with a run."""
+
+    index: int
+    name: str
+    kind: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """What is being monitored: the metadata of a run, handed to every sink before its first snapshot."""
+
+    name: str
+    """Name of the run."""
+    stream: str
+    """Name of the residual stream (`ResidualStream.name`)."""
+    blocks: tuple[BlockInfo, ...]
+    """The blocks in order; block l turns state l into state l + 1."""
+    model_class: str
+    """Class name of the monitored model."""
+    parameters: int
+    """Number of parameters of the model."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The fields of the `MonitorConfig`."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Versions of repflow, torch, python and what else is installed."""
+
+    @property
+    def num_states(self) -> int:
+        """S = L + 1."""
+        return len(self.blocks) + 1
+
+    def to_json(self) -> str:
+        """As one JSON object."""
+        return json.dumps(asdict(self), ensure_ascii=False, default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> "RunInfo":
+        """Inverse of `to_json`."""
+        raw = json.loads(text)
+        return cls(**{**raw, "blocks": tuple(BlockInfo(**block) for block in raw["blocks"])})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Snapshot:
+    """The results of one monitored step.
+
+    All tensors are on the CPU, values in float64 and counts in int64. S = L + 1 states; transition l leads from
+    state l to state l + 1 and is the work of block l. Each value was summed over sequences, micro-batches and ranks and divided
+    once; NaN says that nothing could be measured (every group too short, every token non-finite, metric switched off).
+    """
+
+    step: int
+    """Optimizer step that was measured."""
+    stream: str
+    """Name of the residual stream."""
+    tokens: int
+    """Valid tokens measured."""
+    sequences: int
+    """Groups (sequences, or documents of packed rows) measured."""
+    inter_token: Float64[Tensor, " S"]
+    """Mean cosine over pairs of tokens of a sequence (Eq. 2), mean over groups."""
+    update_inter_token: Float64[Tensor, " S-1"]
+    """The same on the updates Δh^(l) = h^(l+1) − h^(l)."""
+    adjacent: Float64[Tensor, " S-1"]
+    """Cosine of a token's states before and after a block, mean over tokens."""
+    norms: Float64[Tensor, " S"]
+    """L2 norm, mean over tokens."""
+    v_loc: Float64[Tensor, ""]
+    """V_loc (Eq. 3): mean over tokens, features and interior states of |h^(l+1) − (h^(l) + h^(l+2))/2|."""
+    v_glob: Float64[Tensor, ""]
+    """V_glob (Eq. 4): mean over tokens and features of the population std over states."""
+    local_variance: Float64[Tensor, " S-2"]
+    """V_loc's mean for each interior state 1 … S−2."""
+    v_loc_rel: Float64[Tensor, ""]
+    """Mean over tokens of the token's V_loc divided by the RMS of its states; dimensionless."""
+    v_glob_rel: Float64[Tensor, ""]
+    """Mean over tokens of the token's V_glob divided by the RMS of its states; dimensionless."""
+    cka: Float64[Tensor, "S S"]
+    """Linear CKA of every pair of states, tokens as examples: ratio of HSIC summed over the step's groups."""
+    hsic_top_token: Float64[Tensor, " S"]
+    """Largest share of one token in Σ‖x_c‖⁴: near 1, that token alone decides CKA."""
+    adjacent_tokens: Float64[Tensor, "S-1 P"]
+    """`adjacent` by relative position in the sequence, in 64 bins; NaN where no token fell."""
+    nonfinite: Int64[Tensor, " S"]
+    """Valid tokens with a NaN or an infinity."""
+    zero: Int64[Tensor, " S"]
+    """Valid tokens that are the zero vector."""
+    overhead_ms: float
+    """Milliseconds that the monitor itself spent on this step."""
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    """What the training loop logged with the step, such as `loss`."""
+    sums: Float64[Tensor, " size"]
+    """The flat vector of sums behind the values, laid out by `SumLayout`."""
+
+    @classmethod
+    def from_sums(
+        cls,
+        sums: Float64[Tensor, " size"],
+        *,
+        num_states: int,
+        step: int,
+        stream: str,
+        overhead_ms: float,
+        scalars: Mapping[str, float] | None = None,
+    ) -> "Snapshot":
+        """Divide the sums of a step, or of several steps merged by `SumLayout.merge_`."""
+        part = SumLayout(num_states).views(sums)
+        return cls(
+            step=step,
+            stream=stream,
+            tokens=int(part["tokens"]),
+            sequences=int(part["sequences"]),
+            inter_token=_ratio(part["inter_token"], part["inter_token_groups"]),
+            update_inter_token=_ratio(part["update_inter_token"], part["update_inter_token_groups"]),
+            adjacent=_ratio(part["adjacent"], part["adjacent_count"]),
+            norms=_ratio(part["norms"], part["norms_count"]),
+            v_loc=_ratio(part["local_variance"].sum(), part["local_variance_count"].sum()),
+            v_glob=_ratio(part["global_variance"], part["global_variance_count"]),
+            local_variance=_ratio(part["local_variance"], part["local_variance_count"]),
+            v_loc_rel=_ratio(part["local_variance_relative"], part["relative_count"]),
+            v_glob_rel=_ratio(part["global_variance_relative"], part["relative_count"]),
+            cka=cka_from_hsic(part["hsic"]),
+            hsic_top_token=_ratio(part["fourth_moment_max"], part["fourth_moment"]),
+            adjacent_tokens=_ratio(part["adjacent_tokens"], part["adjacent_tokens_count"]),
+            nonfinite=part["nonfinite"].long(),
+            zero=part["zero"].long(),
+            overhead_ms=overhead_ms,
+            scalars=dict(scalars or {}),
+            sums=sums,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field but `sums` as plain Python numbers, strings, lists and dicts."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "sums"}
+        return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in values.items()}
+
+
+def _ratio(total: Tensor, count: Tensor) -> Tensor:
+    """`total / count`, NaN where nothing was counted."""
+    return torch.where(count > 0, total / count, torch.nan)

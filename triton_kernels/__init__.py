@@ -1,0 +1,15 @@
+"""Statistics of stacked token states: tensors in, tensors out."""
+
+from repflow.triton_kernels.cohesion import TokenSums, token_sums
+from repflow.triton_kernels.depth import DepthStatistics, depth_statistics
+from repflow.triton_kernels.hsic import HsicStatistics, hsic_statistics, pairwise_hsic
+
+__all__ = [
+    "DepthStatistics",
+    "HsicStatistics",
+    "TokenSums",
+    "depth_statistics",
+    "hsic_statistics",
+    "pairwise_hsic",
+    "token_sums",
+]

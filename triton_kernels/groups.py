@@ -1,0 +1,35 @@
+"""The groups of tokens that a mask describes: rows of the batch, or documents in packed rows."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int, Int64
+from torch import Tensor
+
+
+class Groups(NamedTuple):
+    """Which group each token belongs to: its row, or its document in a packed row."""
+
+    index: Int64[Tensor, "B T"]
+    """Group of each token, −1 at padding."""
+    count: int
+    """G, the number of groups."""
+    by_row: bool
+    """Whether group g is row g, rather than one of several documents."""
+
+
+def find_groups(mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"]) -> Groups:
+    """The groups that `mask` describes.
+
+    A boolean mask, or an integer mask without a value above 1: one group per row. Otherwise one group per document that
+    occurs, ordered by row, then by number. Telling the two apart reads the mask: on a GPU an integer mask costs a
+    synchronisation, a boolean one does not.
+    """
+    row = torch.arange(mask.shape[0], device=mask.device).unsqueeze(1)
+    largest = 1 if mask.dtype == torch.bool or mask.numel() == 0 else int(mask.max())
+    if largest <= 1:
+        return Groups(torch.where(mask != 0, row, -1), mask.shape[0], by_row=True)
+    key = torch.where(mask != 0, row * (largest + 1) + mask, -1)
+    documents = torch.unique(key[key >= 0])
+    index = torch.where(key >= 0, torch.searchsorted(documents, key), -1)
+    return Groups(index, documents.numel(), by_row=False)

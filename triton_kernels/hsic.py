@@ -1,0 +1,79 @@
+"""HSIC of every pair of states, with the tokens of a group as examples."""
+
+from typing import Literal, NamedTuple, get_args
+
+from jaxtyping import Bool, Float, Float64, Int, Int64
+from torch import Tensor
+
+from repflow.triton_kernels import reference
+from repflow.triton_kernels._inputs import check_mask, check_states
+from repflow.triton_kernels.groups import find_groups
+
+Estimator = Literal["unbiased", "biased"]
+
+MIN_TOKENS: dict[str, int] = {"unbiased": 4, "biased": 2}
+"""Fewest tokens for which an estimator is defined."""
+
+
+class HsicStatistics(NamedTuple):
+    """HSIC per group, and how much of it hangs on one token."""
+
+    hsic: Float64[Tensor, "G S S"]
+    """HSIC of every pair of states; NaN for groups with too few tokens, and in the row and column of a state without a finite token."""
+    count: Int64[Tensor, " G"]
+    """Tokens used: valid, and finite in every state that has a finite token."""
+    fourth_moment: Float64[Tensor, "G S"]
+    """Σ_t ‖x_t‖⁴ over the centred tokens."""
+    fourth_moment_max: Float64[Tensor, "G S"]
+    """The largest ‖x_t‖⁴."""
+
+    def enough(self, estimator: Estimator) -> Bool[Tensor, " G"]:
+        """Which groups have the tokens that `estimator` needs: 4 for the unbiased one, 2 for the biased one."""
+        return self.count >= MIN_TOKENS[estimator]
+
+
+def hsic_statistics(
+    states: Float[Tensor, "S B T D"],
+    mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"] | None = None,
+    *,
+    estimator: Estimator = "unbiased",
+) -> HsicStatistics:
+    """HSIC of every pair of states with linear kernels, per group, over the centred tokens x.
+
+    biased (Kornblith et al. 2019): HSIC₀ = ⟨K, L⟩/(n − 1)², K = X Xᵀ.
+    unbiased (Song et al. 2012, Nguyen et al. 2021), n ≥ 4: with a_i = ‖x_i‖² of one state and b_i of the other, and K̃, L̃ the
+    Grams with a zero diagonal, HSIC₁ = [⟨K̃, L̃⟩ + Σa Σb/((n − 1)(n − 2)) − 2/(n − 2)·Σ a_i b_i] / (n(n − 3)): row i of the
+    centred K̃ sums to −a_i, so no row sums are needed.
+
+    Args:
+        states: h^(0) … h^(L), in float16, bfloat16, float32 or float64.
+        mask: attention mask (one group per row) or document numbers (one group per document); 0 is padding.
+        estimator: "unbiased" or "biased".
+
+    Returns:
+        Everything in float64, counts in int64. A token that is non-finite in some state is left out of all states, so that every pair
+        sees the same tokens; a state without any finite token gives NaN instead and takes no token from the others.
+
+    Raises:
+        TypeError: states or mask of another dtype.
+        ValueError: states that are not `[S, B, T, D]`, a mask that does not fit, or an unknown estimator.
+    """
+    return _hsic_statistics("hsic_statistics", states, mask, estimator)
+
+
+def pairwise_hsic(
+    states: Float[Tensor, "S B T D"],
+    mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"] | None = None,
+    *,
+    estimator: Estimator = "unbiased",
+) -> Float64[Tensor, "G S S"]:
+    """HSIC of every pair of states per group: `hsic_statistics(...).hsic`, which documents it."""
+    return _hsic_statistics("pairwise_hsic", states, mask, estimator).hsic
+
+
+def _hsic_statistics(name: str, states: Tensor, mask: Tensor | None, estimator: Estimator) -> HsicStatistics:
+    check_states(name, states)
+    if estimator not in get_args(Estimator):
+        raise ValueError(f'`{name}`: expected estimator="unbiased" or "biased", got {estimator!r}')
+    groups = find_groups(check_mask(name, states, mask))
+    return HsicStatistics(*reference.hsic_statistics(states, groups, estimator, MIN_TOKENS[estimator]))

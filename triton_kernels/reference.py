@@ -1,0 +1,155 @@
+"""The definition of every statistic in plain PyTorch: fallback where Triton does not run, and baseline of the kernels.
+
+Everything is computed in float64. The states are upcast exactly whatever their dtype, no intermediate overflows or cancels visibly, and
+neither autocast nor the TF32 settings of the training run reach a float64 product. Chunks keep the float64 copies small.
+"""
+
+import torch
+from torch import Tensor
+
+from repflow.triton_kernels.groups import Groups
+
+_CHUNK_BYTES = 32 * 2**20
+"""Size of a float64 working chunk: large enough to amortise the calls, small enough to go unnoticed beside a model."""
+
+_MEAN_ROUNDING = 8 * torch.finfo(torch.float64).eps
+
+
+def depth_statistics(states: Tensor, groups: Groups) -> tuple[Tensor, ...]:
+    """Fields of `DepthStatistics`."""
+    num_states, rows, tokens, _ = states.shape
+    flat, valid = states.flatten(1, 2), groups.index.flatten() >= 0
+    out = torch.float64 if states.dtype == torch.float64 else torch.float32
+
+    def empty(*lead: int) -> Tensor:
+        return torch.full((*lead, rows * tokens), torch.nan, dtype=out, device=states.device)
+
+    norm, cosine, distance = empty(num_states), empty(num_states - 1), empty(num_states - 1)
+    curvature, spread = empty(num_states - 2), empty()
+    nonfinite, zero = (torch.zeros(num_states, dtype=torch.int64, device=states.device) for _ in range(2))
+    for part in _token_chunks(flat):
+        x = flat[:, part].double()
+        finite = x.isfinite().all(-1)
+        nonfinite += (valid[part] & ~finite).sum(-1)
+        # NaN then spreads by itself to everything that touches a token that does not count.
+        x = x.masked_fill_(~(valid[part] & finite).unsqueeze(-1), torch.nan)
+        length = torch.linalg.vector_norm(x, dim=-1)
+        zero += (length == 0).sum(-1)
+        unit = x / length.unsqueeze(-1)
+        norm[:, part] = length.to(out)
+        cosine[:, part] = (unit[1:] * unit[:-1]).sum(-1).to(out)
+        distance[:, part] = ((unit[1:] - unit[:-1]).square().sum(-1) / 2).to(out)
+        curvature[:, part] = (x[1:-1] - (x[:-2] + x[2:]) / 2).abs().mean(-1).to(out)
+        spread[part] = x.std(0, correction=0).mean(-1).to(out)
+    maps = (entry.unflatten(-1, (rows, tokens)) for entry in (norm, cosine, distance, curvature, spread))
+    return *maps, nonfinite, zero
+
+
+def token_sums(states: Tensor, groups: Groups) -> tuple[Tensor, ...]:
+    """Fields of `TokenSums`."""
+    num_states, _, _, features = states.shape
+    flat, index = states.flatten(1, 2), groups.index.flatten()
+    # One group more than there are takes the padding.
+    index = torch.where(index < 0, groups.count, index)
+
+    def empty(lead: int) -> tuple[Tensor, Tensor]:
+        sums = torch.zeros(lead, groups.count + 1, features, dtype=torch.float64, device=states.device)
+        return sums, torch.zeros(lead, groups.count + 1, dtype=torch.int64, device=states.device)
+
+    unit_sum, count = empty(num_states)
+    update_unit_sum, update_count = empty(num_states - 1)
+    for part in _token_chunks(flat):
+        x = flat[:, part].double()
+        for vectors, sums, counts in ((x, unit_sum, count), (x.diff(dim=0), update_unit_sum, update_count)):
+            length = torch.linalg.vector_norm(vectors, dim=-1)
+            directed = length.isfinite() & (length > 0)
+            unit = torch.where(directed.unsqueeze(-1), vectors / length.unsqueeze(-1), 0.0)
+            sums.index_add_(1, index[part], unit)
+            counts.index_add_(1, index[part], directed.long())
+    return tuple(entry[:, :-1] for entry in (unit_sum, count, update_unit_sum, update_count))
+
+
+def hsic_statistics(states: Tensor, groups: Groups, estimator: str, min_tokens: int) -> tuple[Tensor, ...]:
+    """Fields of `HsicStatistics`."""
+    flat = states.flatten(1, 2)
+    token, member = _group_members(groups)
+    finite = torch.stack([layer.isfinite().all(-1) for layer in flat])[:, token] & member
+    alive = finite.any(-1)  # [S, G]
+    member = member & (finite | ~alive.unsqueeze(-1)).all(0)
+    count = member.sum(-1)
+    n = count.double().view(-1, 1, 1)
+
+    def centred(layer: int) -> Tensor:
+        x = torch.where(member.unsqueeze(-1), flat[layer][token].double(), 0.0)
+        x = x.masked_fill_(~alive[layer].view(-1, 1, 1), 0.0)
+        mean = x.sum(1, keepdim=True) / n
+        # A deviation within the rounding of the mean is none: equal float64 tokens must give exactly zero.
+        return torch.where(member.unsqueeze(-1) & ((x - mean).abs() > _MEAN_ROUNDING * mean.abs()), x - mean, 0.0)
+
+    layers = range(len(flat))
+    square = torch.stack([centred(layer).square().sum(-1) for layer in layers], dim=1)  # [G, S, n]
+    inner = torch.zeros(groups.count, len(flat), len(flat), dtype=torch.float64, device=states.device)
+    longest = token.shape[1]
+    panel = max(1, _CHUNK_BYTES // (8 * len(flat) * max(1, token.numel())))
+    for start in range(0, longest, panel):
+        gram = torch.stack([_gram_rows(centred(layer), start, start + panel) for layer in layers], dim=1).flatten(2)
+        inner += gram @ gram.mT
+    hsic = _estimate(estimator, inner, square, n)
+    hsic = hsic.masked_fill(n < min_tokens, torch.nan)
+    dead = ~alive.T
+    hsic = hsic.masked_fill(dead.unsqueeze(1) | dead.unsqueeze(2), torch.nan)
+    fourth = square.square()
+    return hsic, count, fourth.sum(-1), fourth.amax(-1) if longest else fourth.sum(-1)
+
+
+def _token_chunks(flat: Tensor) -> list[slice]:
+    """Slices of the tokens of `flat [S, N, D]` whose states fill one working chunk."""
+    num_states, tokens, features = flat.shape
+    step = max(1, _CHUNK_BYTES // (8 * num_states * features))
+    return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
+
+
+def _group_members(groups: Groups) -> tuple[Tensor, Tensor]:
+    """Index of the tokens of each group in the flattened batch, and which entries are tokens: both `[G, n]`.
+
+    One group per row: the row itself, which needs no look at the mask's values. Documents: gathered, padded to the longest.
+    """
+    rows, tokens = groups.index.shape
+    flat = groups.index.flatten()
+    everything = torch.arange(flat.numel(), device=flat.device)
+    if groups.by_row:
+        token = everything.view(rows, tokens)
+        return token, groups.index == torch.arange(rows, device=flat.device).unsqueeze(1)
+    order = everything[flat >= 0][flat[flat >= 0].argsort(stable=True)]
+    sizes = torch.bincount(flat[order], minlength=groups.count)
+    longest = int(sizes.max())
+    rank = torch.arange(order.numel(), device=flat.device) - (sizes.cumsum(0) - sizes)[flat[order]]
+    token = torch.zeros(groups.count, longest, dtype=torch.int64, device=flat.device)
+    token[flat[order], rank] = order
+    return token, torch.arange(longest, device=flat.device) < sizes.unsqueeze(1)
+
+
+def _gram_rows(x: Tensor, start: int, end: int) -> Tensor:
+    """Rows `start:end` of the Gram matrices of `x [G, n, D]`, with a zero diagonal."""
+    rows = x[:, start:end]
+    gram = rows @ x.mT
+    gram.diagonal(start, 1, 2).zero_()
+    return gram
+
+
+def _estimate(estimator: str, inner: Tensor, square: Tensor, n: Tensor) -> Tensor:
+    """HSIC `[G, S, S]` from ⟨K̃, L̃⟩ without diagonals, the squared norms `[G, S, n]`, and n `[G, 1, 1]`."""
+    diagonal = square @ square.mT
+    if estimator == "biased":
+        return (inner + diagonal) / (n - 1).square()
+    total = square.sum(-1)
+    product = total.unsqueeze(-1) * total.unsqueeze(-2) / ((n - 1) * (n - 2))
+    correction = 2 / (n - 2) * diagonal
+    hsic = inner + product - correction
+    # A self-HSIC below the rounding of its own terms is zero: states without structure must not look related to any other.
+    floor = torch.finfo(torch.float64).eps * n * (inner + product + correction)
+    same = torch.eye(hsic.shape[-1], dtype=torch.bool, device=hsic.device)
+    return hsic.masked_fill(same & (hsic <= floor), 0.0) / (n * (n - 3))
+
+
+__all__ = ["depth_statistics", "hsic_statistics", "token_sums"]
