@@ -2,19 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from repflow._imports import LIGHTNING, require
 from torch import Tensor
 from torch.nn import Module
 
+from repflow._imports import LIGHTNING, require
 from repflow.monitor import Monitor, MonitorConfig, RunInfo, Snapshot
 from repflow.monitor.sinks import AbstractSink, LoggerSink, RunFileSink
 from repflow.monitor.sinks._keys import StateChoice, scalar_items
 
 require("lightning")
-if LIGHTNING:
+if TYPE_CHECKING or LIGHTNING:
     from lightning.pytorch import Callback, LightningModule, Trainer
 else:  # the same framework under its other name
     from pytorch_lightning import Callback, LightningModule, Trainer
@@ -28,8 +28,9 @@ class RepresentationMonitor(Callback):
     ```
 
     Snapshots go to a run file, to all of the trainer's loggers, and into `trainer.callback_metrics` under the same keys
-    (`repflow/inter_token/state_00`, `repflow/v_loc`, …), so that EarlyStopping and ModelCheckpoint can use them. Steps are optimizer
-    steps, as the trainer's own metrics count them. The loss that `training_step` returns is kept with each snapshot.
+    (`repflow/inter_token/state_00`, `repflow/v_loc`, …), so that EarlyStopping and ModelCheckpoint can use them. Steps
+    are optimizer steps, as the trainer's own metrics count them. The loss that `training_step` returns is kept with
+    each snapshot.
 
     Args:
         config: what to measure. Its fields may be given as keywords instead: `RepresentationMonitor(every_n_steps=10)`.
@@ -153,7 +154,7 @@ class _CallbackMetricsSink(AbstractSink):
 
 
 def _optimizer_step(trainer: Trainer) -> int:
-    """The step at which the trainer logs its own metrics; unlike `global_step`, one per batch with several optimizers."""
+    """The step at which the trainer logs its own metrics: one per batch, however many optimizers step."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 

@@ -1,4 +1,7 @@
-"""What is measured, captured, stored, judged and shown. Names are imported on first use, so that the command line starts quickly."""
+"""What is measured, captured, stored, judged and shown.
+
+Names are imported on first use, so that the command line starts quickly.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -42,7 +42,10 @@ class Accumulator:
 
     @torch.no_grad()
     def add(self, forward: CapturedForward, metrics: tuple[Metric, ...]) -> None:
-        """Add the statistics of one micro-batch. Nothing here waits for the device, unless a mask of document numbers is on one."""
+        """Add the statistics of one micro-batch.
+
+        Nothing here waits for the device, unless a mask of document numbers is on one.
+        """
         states = forward.states
         mask, bins = self._mask_and_bins(forward)
         with torch.autocast(states.device.type, enabled=False):
@@ -75,7 +78,9 @@ class Accumulator:
     def _count_tokens(self, states: Tensor, mask: Tensor) -> None:
         groups = find_groups(mask)
         index = torch.where(groups.index < 0, groups.count, groups.index).flatten()
-        sizes = torch.zeros(groups.count + 1, device=states.device).index_add_(0, index, torch.ones_like(index, dtype=torch.float32))
+        sizes = torch.zeros(groups.count + 1, device=states.device).index_add_(
+            0, index, torch.ones_like(index, dtype=torch.float32)
+        )
         sizes = sizes[:-1]
         self._sums["tokens"] += sizes.sum()
         self._sums["sequences"] += (sizes > 0).sum()
@@ -112,7 +117,11 @@ class Accumulator:
     def _add_cka(self, states: Tensor, mask: Tensor) -> None:
         config = self._config
         part = select(
-            (states.shape[1], states.shape[2]), config.cka_tokens, seed=config.seed, step=self._step, forward=self.forwards
+            (states.shape[1], states.shape[2]),
+            config.cka_tokens,
+            seed=config.seed,
+            step=self._step,
+            forward=self.forwards,
         ).to(states.device)
         chosen = part.take(states.movedim(0, 2)).movedim(2, 0)
         statistics = hsic_statistics(chosen, part.take(mask), estimator=config.cka_estimator)

@@ -1,4 +1,4 @@
-"""From hooks to one buffer: copies of h^(0..L), of the sampled sequences and tokens, for every training forward of a step."""
+"""From hooks to one buffer: copies of the sampled sequences and tokens of h^(0..L), for every training forward."""
 
 import functools
 from collections import Counter
@@ -37,7 +37,8 @@ class CaptureError(RuntimeError):
 class CaptureBuffer:
     """One flat tensor that every forward's states are copied into, reused from step to step.
 
-    It has the size and the promoted dtype of what was captured so far, up to `max_memory_mib`: never narrower than the states.
+    It has the size and the promoted dtype of what was captured so far, up to `max_memory_mib`: never narrower than the
+    states.
     """
 
     def __init__(self, max_memory_mib: int) -> None:
@@ -50,7 +51,7 @@ class CaptureBuffer:
         return self._limit // (num_states * state.shape[-1] * self._dtype(state).itemsize)
 
     def view(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """The buffer as a contiguous tensor of `shape` on the device of `like`; its content is what was there before."""
+        """The buffer as a contiguous tensor of `shape` on the device of `like`, with whatever content it had."""
         size, dtype = prod(shape), self._dtype(like)
         flat = self._flat
         if flat is None or flat.numel() < size or flat.dtype != dtype or flat.device != like.device:
@@ -59,7 +60,7 @@ class CaptureBuffer:
         return flat[:size].view(shape)
 
     def widen(self, view: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """The same view and content in a buffer of `dtype`; None if that exceeds the limit, and only later views will have it."""
+        """The same view and content in `dtype`; None if that exceeds the limit, and only later views will have it."""
         self._flat = None
         self._widest = dtype
         if view.numel() * dtype.itemsize > self._limit:
@@ -118,8 +119,9 @@ class _Hook:
 class Capture:
     """Hooks on a stream that are there only between `arm` and `disarm`.
 
-    Recorded is each forward that begins with gradients enabled and the model in training mode. Not recorded: evaluation, `generate()`,
-    forwards under no_grad, and what activation checkpointing recomputes during backward. `ignored` counts the forwards left out.
+    Recorded is each forward that begins with gradients enabled and the model in training mode. Not recorded:
+    evaluation, `generate()`, forwards under no_grad, and what activation checkpointing recomputes during backward.
+    `ignored` counts the forwards left out.
     """
 
     stream: ResidualStream
@@ -169,7 +171,9 @@ class Capture:
     def _wrap(self, hook: Callable[..., None]) -> _Hook:
         return _Hook(self.guard(hook))
 
-    def _enter(self, depth: int, position: int | None, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(
+        self, depth: int, position: int | None, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """A module that contains the blocks is called: remember the mode, and its 2-D mask if it has one."""
         if _in_backward():
             return
@@ -185,9 +189,8 @@ class Capture:
         """The first block is called: decide whether to record, and take h^(0)."""
         if _in_backward():
             return
-        if self._forward is not None and self._entry is None and self._forward.filled > 1:
-            if self.stream.blocks[self._forward.filled - 1].module is module:
-                return  # the first block's module runs again, further up the same stream
+        if self._runs_again(module):
+            return
         entry, self._entry = self._entry or _Entry(0, torch.is_grad_enabled(), module.training), None
         if self._forward is not None:
             self.ignored["forwards that did not pass through all blocks"] += 1
@@ -203,15 +206,18 @@ class Capture:
             self._store(self._forward, state)
 
     def _leave(self, owned: list[int], module: Module, args: tuple[Any, ...], output: Any) -> None:
-        """Block l returns: take h^(l+1). `owned` are the positions of this module in the stream, several if it is shared."""
+        """Block l returns: take h^(l+1).
+
+        `owned` are the positions of this module in the stream, several if it is shared.
+        """
         forward = self._forward
         if forward is None or _in_backward():
             return
         index = forward.filled - 1
         if index not in owned:
             raise CaptureError(
-                f"expected block {index} ('{self.stream.blocks[index].name}') to run next, but block {owned[0]} "
-                f"('{self.stream.blocks[owned[0]].name}') did; pass the blocks in the order in which they run: blocks=[...]"
+                f"expected block {index} ('{self._name(index)}') to run next, but block {owned[0]} "
+                f"('{self._name(owned[0])}') did; pass the blocks in the order in which they run, blocks=[...]"
             )
         self._store(forward, self.stream.blocks[index].reader.exit(output).detach())
         if forward.filled == len(self.stream) + 1:
@@ -226,8 +232,8 @@ class Capture:
             mask = mask.reshape(1, -1) if mask is not None else None
         if state.ndim != 3:
             raise CaptureError(
-                f"expected states of shape [B, T, D], got {list(state.shape)} at the input of '{self.stream.blocks[0].name}'; "
-                "pass the blocks of a stream of tokens: blocks=..."
+                f"expected states of shape [B, T, D], got {list(state.shape)} at the input of '{self._name(0)}'; "
+                "pass the blocks of a stream of tokens, blocks=[...]"
             )
         rows, tokens, features = state.shape
         mask = _fit_mask(mask, rows, tokens)
@@ -238,11 +244,12 @@ class Capture:
     def _store(self, forward: _Forward, state: Tensor) -> None:
         if forward.flat_tokens:
             state = state.unsqueeze(0)
-        if state.shape != (*forward.shape, forward.view.shape[-1]):
-            name = self.stream.blocks[forward.filled - 1].name
+        expected = [*forward.shape, forward.view.shape[-1]]
+        if list(state.shape) != expected:
             raise CaptureError(
-                f"expected every state to be {[*forward.shape, forward.view.shape[-1]]} like the first, got {list(state.shape)} from "
-                f"'{name}'; repflow follows a stream of one width: pass the part of the model that has it, blocks=..."
+                f"expected every state to be {expected} like the first, got {list(state.shape)} from "
+                f"'{self._name(forward.filled - 1)}'; repflow follows a stream of one width: "
+                "pass the part of the model that has it, blocks=[...]"
             )
         if state.device not in forward.selections:
             forward.selections[state.device] = forward.selections[forward.view.device].to(state.device)
@@ -256,6 +263,16 @@ class Capture:
             forward.view = wider
         forward.view[forward.filled].copy_(forward.selections[state.device].take(state), non_blocking=True)
         forward.filled += 1
+
+    def _runs_again(self, module: Module) -> bool:
+        """Whether the first block's module is being called further up the same stream, rather than by a new forward."""
+        forward = self._forward
+        if forward is None or forward.filled < 2 or self._entry is not None:
+            return False
+        return self.stream.blocks[forward.filled - 1].module is module
+
+    def _name(self, index: int) -> str:
+        return self.stream.blocks[index].name
 
 
 def _fit_mask(mask: Tensor | None, rows: int, tokens: int) -> Tensor | None:

@@ -26,13 +26,19 @@ class MonitorConfig:
     cka_tokens: int = 2048
     """Most tokens of those that enter CKA, whose cost grows with their square. Unit: tokens."""
     max_memory_mib: int = 1024
-    """Largest capture buffer. Fewer tokens are measured where `max_tokens` would not fit, and that is said. Unit: MiB."""
+    """Largest capture buffer. Fewer tokens are measured where `max_tokens` would not fit, and that is said.
+
+    Unit: MiB.
+    """
     skip_first_tokens: int = 0
     """Leave out the first tokens of every sequence (attention sinks) from all statistics. Unit: tokens."""
     metrics: tuple[Metric, ...] = get_args(Metric)
     """Which families to compute. Norms and the counts of non-finite and zero tokens always are."""
     states: StatesConvention = "residual"
-    """`residual`: h^(L) is the output of the last block. `hf`: it is taken after the final norm, as `output_hidden_states` of transformers has it."""
+    """`residual`: h^(L) is the output of the last block.
+
+    `hf`: it is taken after the final norm, as `output_hidden_states` of transformers has it.
+    """
     cka_estimator: Estimator = "unbiased"
     """Estimator of HSIC; see `repflow.monitor.functional.layer_cka`."""
     seed: int = 0
@@ -44,9 +50,14 @@ class MonitorConfig:
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"`MonitorConfig`: expected {name} to be an integer, got {value!r}")
             if value < smallest:
-                raise ValueError(f"`MonitorConfig`: expected {name} of {smallest} or more, got {value}{_HINTS.get(name, '')}")
+                raise ValueError(
+                    f"`MonitorConfig`: expected {name} of {smallest} or more, got {value}{_HINTS.get(name, '')}"
+                )
         if isinstance(self.metrics, str):
-            raise TypeError(f"`MonitorConfig`: expected metrics as a tuple of names, got {self.metrics!r}; write ({self.metrics!r},)")
+            raise TypeError(
+                f"`MonitorConfig`: expected metrics as a tuple of names, got {self.metrics!r}; "
+                f"write ({self.metrics!r},)"
+            )
         object.__setattr__(self, "metrics", tuple(self.metrics))
         for metric in self.metrics:
             _check_choice("metrics", metric, get_args(Metric))
@@ -62,11 +73,14 @@ class MonitorConfig:
         """
         if config is not None and options:
             raise TypeError(
-                f"`MonitorConfig`: expected either a config or single options, got both; put {', '.join(options)} into the config"
+                "`MonitorConfig`: expected either a config or single options, got both; "
+                f"put {', '.join(options)} into the config"
             )
         names = [field.name for field in fields(cls)]
         if unknown := sorted(set(options) - set(names)):
-            raise TypeError(f"`MonitorConfig`: unknown option {', '.join(unknown)}; expected some of {', '.join(names)}")
+            raise TypeError(
+                f"`MonitorConfig`: unknown option {', '.join(unknown)}; expected some of {', '.join(names)}"
+            )
         return config or cls(**options)
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,7 +96,10 @@ _SMALLEST = {
     "skip_first_tokens": 0,
     "seed": -(2**63),
 }
-_HINTS = {"every_n_steps": "; to switch monitoring off, leave the monitor out", "max_tokens": ", what unbiased CKA needs"}
+_HINTS = {
+    "every_n_steps": "; to switch monitoring off, leave the monitor out",
+    "max_tokens": ", what unbiased CKA needs",
+}
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -1,7 +1,7 @@
 """The functional forms as streaming torchmetrics: update with batches, merge over ranks, compute once.
 
-The states of a metric are float64 sums. Do not register one as a submodule of a model that is cast to another dtype: the cast would
-reach them.
+The states of a metric are float64 sums. Do not register one as a submodule of a model that is cast to another dtype:
+the cast would reach them.
 """
 
 from typing import Any, get_args
@@ -27,7 +27,8 @@ class _SumMetric(Metric):
         kwargs: options of `torchmetrics.Metric`.
 
     Raises:
-        ValueError: an update with another number of states than before.
+        ValueError: an update or a merge with another number of states than before; compute before any update, when
+            that number is not known.
     """
 
     full_state_update = False
@@ -44,19 +45,36 @@ class _SumMetric(Metric):
         default = torch.zeros(shape if self.num_states is not None else (), dtype=torch.float64)
         self.add_state(name, default, dist_reduce_fx="sum")
 
-    def _check_num_states(self, states: Tensor) -> None:
-        if self.num_states is None:
-            self.num_states = states.shape[0]
-        if states.shape[0] != self.num_states:
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add the sums of another metric.
+
+        Raises:
+            ValueError: it has another number of states.
+        """
+        if isinstance(incoming_state, _SumMetric) and incoming_state.num_states is not None:
+            self._fix_num_states(incoming_state.num_states, "merge_state")
+        super().merge_state(incoming_state)
+
+    def _fix_num_states(self, num_states: int, method: str) -> None:
+        self.num_states = self.num_states or num_states
+        if num_states != self.num_states:
             raise ValueError(
-                f"`{type(self).__name__}.update`: expected {self.num_states} states as before, got {states.shape[0]}; "
+                f"`{type(self).__name__}.{method}`: expected {self.num_states} states as before, got {num_states}; "
                 "use one metric for each model"
+            )
+
+    def _check_known(self) -> None:
+        if self.num_states is None:
+            raise ValueError(
+                f"`{type(self).__name__}.compute`: expected an update first, got none, and so no number of states; "
+                "call update, or give num_states="
             )
 
 
 class InterTokenSimilarity(_SumMetric):
-    """Mean over groups of `functional.inter_token_similarity`; every group weighs the same, groups too short are skipped.
+    """Mean over groups of `functional.inter_token_similarity`.
 
+    Every group weighs the same; groups that are too short are skipped.
     `compute()` returns `[S]`, NaN for a state in which no group could be measured.
     """
 
@@ -71,12 +89,13 @@ class InterTokenSimilarity(_SumMetric):
     def update(self, states: Float[Tensor, "S B T D"], mask: _Mask = None) -> None:
         """Add the groups of one batch."""
         similarity = inter_token_similarity(states, mask)
-        self._check_num_states(states)
+        self._fix_num_states(states.shape[0], "update")
         self.total = self.total + similarity.nansum(1)
         self.groups = self.groups + similarity.isfinite().sum(1)
 
     def compute(self) -> Float64[Tensor, " S"]:
         """Similarity per state."""
+        self._check_known()
         return self.total / self.groups
 
 
@@ -97,18 +116,20 @@ class AdjacentLayerSimilarity(_SumMetric):
     def update(self, states: Float[Tensor, "S B T D"], mask: _Mask = None) -> None:
         """Add the tokens of one batch."""
         cosine = depth_statistics(states, mask).adjacent_cosine.flatten(1).double()
-        self._check_num_states(states)
+        self._fix_num_states(states.shape[0], "update")
         self.total = self.total + cosine.nansum(1)
         self.tokens = self.tokens + cosine.isfinite().sum(1)
 
-    def compute(self) -> Float64[Tensor, " S-1"]:
+    def compute(self) -> Float64[Tensor, " L"]:
         """Cosine per block."""
+        self._check_known()
         return self.total / self.tokens
 
 
 class LayerVariation(_SumMetric):
-    """`functional.layer_local_variance` and `functional.layer_global_variance` over everything seen; every token weighs the same.
+    """`functional.layer_local_variance` and `functional.layer_global_variance` over everything seen.
 
+    Every token weighs the same.
     `compute()` returns `{"v_loc": 0-d, "v_glob": 0-d}`.
     """
 
@@ -125,7 +146,7 @@ class LayerVariation(_SumMetric):
     def update(self, states: Float[Tensor, "S B T D"], mask: _Mask = None) -> None:
         """Add the tokens of one batch."""
         depth = depth_statistics(states, mask)
-        self._check_num_states(states)
+        self._fix_num_states(states.shape[0], "update")
         self.local_total = self.local_total + depth.curvature.double().nansum()
         self.local_count = self.local_count + depth.curvature.isfinite().sum()
         self.global_total = self.global_total + depth.spread.double().nansum()
@@ -137,8 +158,9 @@ class LayerVariation(_SumMetric):
 
 
 class LayerCKA(_SumMetric):
-    """CKA of every pair of states from HSIC summed over groups and divided at the end; groups too short are skipped and counted.
+    """CKA of every pair of states, from HSIC summed over groups and divided at the end.
 
+    Groups that are too short are skipped and counted.
     `compute()` returns `[S, S]`, NaN for states without structure. `groups` and `skipped` count the groups.
 
     Args:
@@ -166,7 +188,7 @@ class LayerCKA(_SumMetric):
     def update(self, states: Float[Tensor, "S B T D"], mask: _Mask = None) -> None:
         """Add the groups of one batch."""
         statistics = hsic_statistics(states, mask, estimator=self.estimator)
-        self._check_num_states(states)
+        self._fix_num_states(states.shape[0], "update")
         enough = statistics.enough(self.estimator)
         self.hsic = self.hsic + torch.where(enough.view(-1, 1, 1), statistics.hsic, 0.0).sum(0)
         self.groups = self.groups + enough.sum()
@@ -174,4 +196,5 @@ class LayerCKA(_SumMetric):
 
     def compute(self) -> Float64[Tensor, "S S"]:
         """CKA of every pair of states."""
+        self._check_known()
         return cka_from_hsic(self.hsic)

@@ -1,4 +1,4 @@
-"""`Monitor`: joins stream, capture, statistics and sinks, and keeps all of their troubles away from the training run."""
+"""`Monitor`: joins stream, capture, statistics and sinks, and keeps their troubles away from the training run."""
 
 import functools
 import importlib.metadata
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedParameter
 
 import repflow
 from repflow.monitor.accumulator import Accumulator
@@ -39,7 +39,7 @@ class _Step:
 
     number: int
     sums: Accumulator | None = None
-    scalars: dict[str, list[float | Tensor]] = field(default_factory=dict)
+    scalars: dict[str, list[int | float | Tensor]] = field(default_factory=dict)
     host_ms: float = 0.0
     ignored: Counter[str] = field(default_factory=Counter)
     events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
@@ -73,8 +73,8 @@ class Monitor:
     monitor.close()
     ```
 
-    Between sampled steps nothing of it is on the model. Whatever fails while measuring is warned about once and switched off; training
-    goes on, bit for bit as without the monitor.
+    Between sampled steps nothing of it is on the model. Whatever fails while measuring is warned about once and
+    switched off; training goes on, bit for bit as without the monitor.
 
     Args:
         model: what is trained; it may be wrapped.
@@ -102,8 +102,8 @@ class Monitor:
         self.stream: ResidualStream = find_residual_stream(model, blocks, stream=stream)
         if self.config.states == "hf" and self.stream.final_norm is None:
             raise ValueError(
-                f'`Monitor`: states="hf" needs the norm behind the last block, and none was found beside {self.stream.name!r} in '
-                f'{type(model).__name__}; use states="residual"'
+                f'`Monitor`: states="hf" needs the norm behind the last block, and none was found beside '
+                f'{self.stream.name!r} in {type(model).__name__}; use states="residual"'
             )
         self.run: RunInfo = _describe(model, self.stream, self.config, name)
         self.latest: Snapshot | None = None
@@ -135,9 +135,9 @@ class Monitor:
     def step(self, step: int, *, mask: Tensor | None = None) -> Iterator[None]:
         """Covers one optimizer step: its forwards, and its backwards if activations are checkpointed.
 
-        Each forward of the model inside that has gradients enabled and the model in training mode is one micro-batch. Entering again with
-        the same number adds to the step. It is published when a block with another number opens, by `publish`, or by
-        `flush`. A body that raises publishes nothing.
+        Each forward of the model inside that has gradients enabled and the model in training mode is one micro-batch.
+        Entering again with the same number adds to the step. It is published when a block with another number opens, by
+        `publish`, or by `flush`. A body that raises publishes nothing.
 
         Args:
             step: number of the optimizer step, from 0.
@@ -166,7 +166,7 @@ class Monitor:
         finally:
             self._guard(self._disarm)()
 
-    def log(self, **scalars: float | Tensor) -> None:
+    def log(self, **scalars: int | float | Tensor) -> None:
         """Keep scalars of the training loop, such as the loss, with the current step; several values are averaged.
 
         Does nothing on a step that is not sampled. Tensors are not waited for.
@@ -176,7 +176,10 @@ class Monitor:
                 self._step.scalars.setdefault(name, []).append(value.detach() if isinstance(value, Tensor) else value)
 
     def publish(self) -> None:
-        """End the current step: its results leave the device, and what has arrived goes to the sinks. Waits for nothing."""
+        """End the current step: its results leave the device, and what has arrived goes to the sinks.
+
+        Waits for nothing.
+        """
         self._guard(self._send)()
         self._guard(self._collect)()
 
@@ -209,7 +212,8 @@ class Monitor:
                 f"{self.config.max_memory_mib} MiB for {state.shape[-1]} features; raise max_memory_mib"
             )
         if capacity < wanted:
-            self._warn(f"measures {capacity} tokens of a micro-batch instead of {wanted}: max_memory_mib={self.config.max_memory_mib}")
+            limit = self.config.max_memory_mib
+            self._warn(f"measures {capacity} tokens of a micro-batch instead of {wanted}: max_memory_mib={limit}")
         step = self._current()
         forward = step.sums.forwards if step.sums is not None else 0
         return select(batch, min(wanted, capacity), seed=self.config.seed, step=step.number, forward=forward)
@@ -247,7 +251,8 @@ class Monitor:
             seen = ", ".join(f"{number} {what}" for what, number in step.ignored.items()) or "no forward at all"
             self._warn(
                 f"recorded nothing on step {step.number}: expected a training-mode forward with gradients through "
-                f"'{self.stream.blocks[0].name}', saw {seen}. If the model is compiled, monitor it uncompiled; if other blocks run, pass blocks=...",
+                f"'{self.stream.blocks[0].name}', saw {seen}. If the model is compiled, monitor it uncompiled; "
+                "if other blocks run, pass blocks=[...]",
                 key="recorded nothing",
             )
             return
@@ -282,9 +287,10 @@ class Monitor:
     def _snapshot(self, arrived: _InFlight) -> Snapshot | None:
         step, layout = arrived.step, SumLayout(len(self.stream) + 1)
         sums, scalars = arrived.values[: layout.size], arrived.values[layout.size :]
-        if layout.views(sums)["mask_max"] > 1:
+        largest = int(layout.views(sums)["mask_max"])
+        if largest > 1:
             self._warn(
-                f"left out step {step.number}: its mask holds document numbers up to {int(layout.views(sums)['mask_max'])}, which a GPU run "
+                f"left out step {step.number}: its mask holds document numbers up to {largest}, which a GPU run "
                 "cannot tell from padding without waiting; pass a boolean mask: monitor.step(k, mask=mask != 0)",
                 key="documents",
             )
@@ -301,8 +307,8 @@ class Monitor:
         self._late_ms = 0.0
         if snapshot.sequences == int(layout.views(sums)["short_sequences"]):
             self._warn(
-                f"expected sequences of at least 2 valid tokens, got {snapshot.sequences} of them with none such on step {step.number}: "
-                "inter-token similarity and CKA are NaN; look at the batch, its mask and skip_first_tokens",
+                f"expected sequences of at least 2 valid tokens, but none of {snapshot.sequences} on step {step.number} is "
+                "that long: similarity and CKA are NaN; look at the batch, its mask and skip_first_tokens",
                 key="short",
             )
         return snapshot
@@ -334,7 +340,9 @@ class Monitor:
         self._in_flight.clear()
         self._capture.disarm()
         self._capture.buffer.release()
-        self._warn(f"stopped monitoring{number}: {type(error).__name__}: {error}. Training goes on without it")
+        self._warn(
+            f"stopped monitoring{number}: {type(error).__name__}: {error}. Training goes on without it", key="stopped"
+        )
 
     def _drop_metric(self, metric: Metric, error: Exception) -> None:
         """Go on without a metric that failed."""
@@ -342,7 +350,10 @@ class Monitor:
         self._warn(f"stopped measuring {metric!r}: {type(error).__name__}: {error}. The other metrics go on")
 
     def _warn(self, message: str, key: str | None = None) -> None:
-        """Warn once per `key`. A warning that the user's filters turn into an exception must not reach the training loop."""
+        """Warn once per `key`.
+
+        A warning that the user's filters turn into an exception must not reach the training loop.
+        """
         if (key or message) in self._warned:
             return
         self._warned.add(key or message)
@@ -352,9 +363,11 @@ class Monitor:
             print(f"{type(warning).__name__}: {warning}", file=sys.stderr)
 
 
-def _mean(values: list[float | Tensor], device: torch.device) -> Tensor:
+def _mean(values: list[int | float | Tensor], device: torch.device) -> Tensor:
     """Mean of numbers and 0-d tensors as a vector of one, on `device`, without waiting for it."""
-    tensors = [torch.as_tensor(value, dtype=torch.float64).to(device, non_blocking=True).reshape(()) for value in values]
+    tensors = [
+        torch.as_tensor(value, dtype=torch.float64).to(device, non_blocking=True).reshape(()) for value in values
+    ]
     return torch.stack(tensors).mean().reshape(1)
 
 
@@ -367,7 +380,7 @@ def _describe(model: Module, stream: ResidualStream, config: MonitorConfig, name
         stream=stream.name,
         blocks=tuple(BlockInfo(index=block.index, name=block.name, kind=block.kind) for block in stream.blocks),
         model_class=model_class,
-        parameters=sum(p.numel() for p in model.parameters() if not isinstance(p, UninitializedTensorMixin)),
+        parameters=sum(p.numel() for p in model.parameters() if not isinstance(p, UninitializedParameter)),
         config=config.to_dict(),
         versions={"repflow": repflow.__version__, "python": platform.python_version(), **loaded},
     )

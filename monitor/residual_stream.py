@@ -1,7 +1,7 @@
 """Where a model's residual stream runs: its blocks in order, what each is made of, and how to read h^(l) from them.
 
-What is known about architectures is data here: names of parts, of final norms, of wrappers, and small readers. The list of blocks itself
-is found by structure, so that a new architecture usually needs nothing.
+What is known about architectures is data here: names of parts, of final norms, of wrappers, and small readers. The list
+of blocks itself is found by structure, so that a new architecture usually needs nothing.
 """
 
 import difflib
@@ -14,21 +14,32 @@ from torch import Tensor
 from torch.nn import Module, ModuleList, Sequential
 
 PART_NAMES: dict[str, frozenset[str]] = {
-    "attention": frozenset(
-        "q_proj query query_key_value qkv qkv_proj Wqkv c_attn in_proj_weight wq attn attention self_attn self_attention SelfAttention".split()
-    ),
-    "ssm": frozenset(["A_log"]),
-    "recurrent": frozenset("rg_lru mlstm_layer mlstm slstm linear_attn time_mix".split()),
-    "conv": frozenset(["conv"]),
-    "moe": frozenset("experts router block_sparse_moe".split()),
-    "mlp": frozenset("mlp feed_forward ffn fc1 c_fc linear1 up_proj shared_mlp DenseReluDense intermediate".split()),
+    part: frozenset(names.split())
+    for part, names in {
+        "attention": "q_proj query query_key_value qkv qkv_proj Wqkv c_attn wq in_proj_weight "
+        "attn attention self_attn self_attention SelfAttention",
+        "ssm": "A_log",
+        "recurrent": "rg_lru mlstm_layer mlstm slstm linear_attn time_mix",
+        "conv": "conv",
+        "moe": "experts router block_sparse_moe",
+        "mlp": "mlp feed_forward ffn fc1 c_fc linear1 up_proj shared_mlp DenseReluDense intermediate",
+    }.items()
 }
 """Parts of a block, told by the names of its modules and parameters: class names and configs do not separate them."""
 
 MIXERS = ("attention", "ssm", "recurrent", "conv")
 """The parts that mix tokens. A block with two of them is a hybrid; a block with none is named after what it has."""
 
-FINAL_NORMS = ("final_layer_norm", "final_layernorm", "final_norm", "ln_f", "norm_f", "norm", "out_norm", "embedding_norm")
+FINAL_NORMS = (
+    "final_layer_norm",
+    "final_layernorm",
+    "final_norm",
+    "ln_f",
+    "norm_f",
+    "norm",
+    "out_norm",
+    "embedding_norm",
+)
 """Names of the norm behind the last block, beside the list of blocks."""
 
 WRAPPERS = frozenset(["module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
@@ -60,13 +71,14 @@ def _first_tensor_out(output: Any) -> Tensor:
         first = first[0]
     if not (isinstance(first, Tensor) and first.is_floating_point()):
         raise TypeError(
-            f"expected a block that returns its state as a floating tensor, or first in a tuple, got {type(output).__name__}"
+            "expected a block that returns its state as a floating tensor, or first in a tuple, "
+            f"got {type(output).__name__}"
         )
     return first
 
 
 FIRST_TENSOR = Reader(_first_tensor_in, _first_tensor_out)
-"""The state is the first argument and the output, or the first of a tuple: every block of transformers, and nearly all others."""
+"""The state is the first argument, and the output or the first of its tuple: so in every block of transformers."""
 
 READERS: list[tuple[Callable[[Module], bool], Reader]] = []
 """Blocks that need another reader: the first whose test holds for a block is used."""
@@ -81,7 +93,7 @@ class Block:
     name: str
     """Dotted path in the model, without what wrappers add."""
     kind: str
-    """What mixes its tokens: `attention`, `ssm`, `recurrent`, `conv`, or `hybrid` for several of them; else `moe`, `mlp`, `other`."""
+    """What mixes its tokens: `attention`, `ssm`, `recurrent`, `conv`, or `hybrid`; else `moe`, `mlp` or `other`."""
     module: Module = field(repr=False)
     """The block itself."""
     parts: tuple[str, ...]
@@ -132,7 +144,8 @@ def find_residual_stream(
 
     Args:
         model: any module, wrapped or not.
-        blocks: dotted path of the list of blocks (`"transformer.h"`), or the blocks themselves in the order in which they run.
+        blocks: dotted path of the list of blocks (`"transformer.h"`), or the blocks themselves in the order in which
+            they run.
         stream: which one, in a model with several: `"encoder"`, `"decoder"`, or another component of the path.
 
     Raises:
@@ -171,7 +184,7 @@ def strip_wrappers(path: str) -> str:
 
 
 def mask_position(module: Module) -> int | None:
-    """Position of `attention_mask` among the positional arguments of the module's forward; None where it can only come by name."""
+    """Position of `attention_mask` among the arguments of the module's forward; None where it can only come by name."""
     parameters = list(inspect.signature(module.forward).parameters)
     return parameters.index("attention_mask") if "attention_mask" in parameters else None
 
@@ -189,7 +202,9 @@ def _candidates(model: Module) -> Iterator[_Candidate]:
     for container in (ModuleList, Sequential):
         found: list[_Candidate] = []
         for path, module in model.named_modules():
-            if not isinstance(module, container) or any(path.startswith(f"{other.path}.") for other in found if other.path):
+            if not isinstance(module, container) or any(
+                path.startswith(f"{other.path}.") for other in found if other.path
+            ):
                 continue
             items = [(f"{path}.{name}" if path else name, item) for name, item in module.named_children()]
             if items and all(_is_block(item) for _, item in items):
@@ -207,8 +222,8 @@ def _choose(model: Module, candidates: list[_Candidate], stream: str | None) -> 
     kind = type(model).__name__
     if not candidates:
         raise ValueError(
-            f"`find_residual_stream`: expected a list of blocks in {kind}, found no ModuleList of modules with parameters; "
-            'pass blocks="dotted.path" or blocks=[module, ...] in the order in which they run'
+            f"`find_residual_stream`: expected a list of blocks in {kind}, found no ModuleList of modules with "
+            'parameters; pass blocks="dotted.path" or blocks=[module, ...] in the order in which they run'
         )
     listing = ", ".join(map(str, candidates))
     sides = [side for side in ("encoder", "decoder") if any(side in c.path.split(".") for c in candidates)]
@@ -218,7 +233,8 @@ def _choose(model: Module, candidates: list[_Candidate], stream: str | None) -> 
             raise ValueError(f"`find_residual_stream`: no stream {stream!r} in {kind}; it has {listing}")
     elif len(sides) == 2:
         raise ValueError(
-            f'`find_residual_stream`: {kind} has two streams; pass stream="encoder" or stream="decoder". It has {listing}'
+            f'`find_residual_stream`: {kind} has two streams; pass stream="encoder" or stream="decoder". '
+            f"It has {listing}"
         )
     # Lists of bare layers (heads, embeddings) only count where there is nothing with an inner structure.
     structured = [c for c in candidates if all(next(item.children(), None) is not None for _, item in c.items)]
@@ -236,9 +252,9 @@ def _choose(model: Module, candidates: list[_Candidate], stream: str | None) -> 
 def _named_candidate(model: Module, path: str) -> _Candidate:
     by_name = {strip_wrappers(name): (name, module) for name, module in model.named_modules()}
     if path not in by_name:
-        near = difflib.get_close_matches(path, by_name, n=3, cutoff=0.3)
+        near = ", ".join(map(repr, difflib.get_close_matches(path, by_name, n=3, cutoff=0.3)))
         raise ValueError(
-            f"`find_residual_stream`: no module {path!r} in {type(model).__name__}; nearest: {', '.join(map(repr, near)) or 'none'}"
+            f"`find_residual_stream`: no module {path!r} in {type(model).__name__}; nearest: {near or 'none'}"
         )
     full, module = by_name[path]
     items = [(f"{full}.{name}" if full else name, item) for name, item in module.named_children()]

@@ -1,4 +1,4 @@
-"""Which steps, sequences and tokens are measured: a function of the step and a seed, never of the user's random state."""
+"""Which steps, sequences and tokens are measured: a function of step and seed, never of the user's random state."""
 
 import hashlib
 from dataclasses import dataclass
@@ -50,8 +50,8 @@ class Selection:
 def select(batch: tuple[int, int], max_tokens: int, *, seed: int, step: int, forward: int) -> Selection:
     """Choose at most `max_tokens` tokens of a batch of `(B, T)`.
 
-    Whole sequences first. A single sequence above the budget keeps a sorted uniform sample of its tokens: a contiguous chunk would bias
-    the mean over pairs (Eq. 2) towards neighbours.
+    Whole sequences first. A single sequence above the budget keeps a sorted uniform sample of its tokens: a contiguous
+    chunk would bias the mean over pairs (Eq. 2) towards neighbours.
 
     Args:
         batch: rows and tokens of the batch.

@@ -153,8 +153,9 @@ class Snapshot:
     """The results of one monitored step.
 
     All tensors are on the CPU, values in float64 and counts in int64. S = L + 1 states; transition l leads from
-    state l to state l + 1 and is the work of block l. Each value was summed over sequences, micro-batches and ranks and divided
-    once; NaN says that nothing could be measured (every group too short, every token non-finite, metric switched off).
+    state l to state l + 1 and is the work of block l. Each value was summed over sequences, micro-batches and ranks and
+    divided once; NaN says that nothing could be measured (every group too short, every token non-finite, metric
+    switched off).
     """
 
     step: int

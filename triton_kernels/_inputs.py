@@ -1,4 +1,7 @@
-"""What the public functions accept. Letters of this package: S states, B rows of the batch, T tokens of a row, D features, G groups."""
+"""What the public functions accept.
+
+Letters of this package: S states, B rows of the batch, T tokens of a row, D features, G groups.
+"""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -8,7 +11,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_states(name: str, states: Float[Tensor, "S B T D"], minimum: int = 1) -> None:
-    """Raise unless `states` is a floating tensor `[S, B, T, D]` with at least `minimum` states; `name` is the caller's."""
+    """Raise unless `states` is a floating tensor `[S, B, T, D]`, S ≥ `minimum`; `name` is the caller's."""
     if not isinstance(states, Tensor):
         raise TypeError(
             f"`{name}`: expected one tensor of states [S, B, T, D], got {type(states).__name__}; "
@@ -20,7 +23,7 @@ def check_states(name: str, states: Float[Tensor, "S B T D"], minimum: int = 1) 
         raise ValueError(f"`{name}`: expected states of shape [S, B, T, D], got {tuple(states.shape)}")
     if states.shape[0] < minimum:
         raise ValueError(
-            f"`{name}`: expected at least {minimum} states (the input of the first block and the output of every block), "
+            f"`{name}`: expected at least {minimum} states (the input of the first block and the output of every one), "
             f"got {states.shape[0]}"
         )
     if states.shape[3] == 0:
@@ -30,7 +33,10 @@ def check_states(name: str, states: Float[Tensor, "S B T D"], minimum: int = 1) 
 def check_mask(
     name: str, states: Float[Tensor, "S B T D"], mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"] | None
 ) -> Bool[Tensor, "B T"] | Int[Tensor, "B T"]:
-    """`mask`, or one that keeps every token if there is none. Raises unless it fits the states; `name` is the caller's."""
+    """`mask`, or one that keeps every token if there is none.
+
+    Raises unless it fits the states; `name` is the caller's.
+    """
     if mask is None:
         return torch.ones(states.shape[1:3], dtype=torch.bool, device=states.device)
     if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():

@@ -11,11 +11,14 @@ from repflow.triton_kernels.groups import find_groups
 
 
 class TokenSums(NamedTuple):
-    """Sums of unit vectors per state and group. With s = Σ_t u_t over n tokens, the mean cosine over pairs is (‖s‖² − n)/(n(n − 1))."""
+    """Sums of unit vectors per state and group.
+
+    With s = Σ_t u_t over n tokens, the mean cosine over pairs is (‖s‖² − n)/(n(n − 1)).
+    """
 
     unit_sum: Float64[Tensor, "S G D"]
     """Σ_t h_t/‖h_t‖ over the tokens of the group that have a direction at this state."""
-    count: Int64[Tensor, "S G"]
+    count: Int64[Tensor, "S G"]  # pyright: ignore[reportIncompatibleMethodOverride]
     """How many tokens those are: valid, finite, not the zero vector."""
     update_unit_sum: Float64[Tensor, "S-1 G D"]
     """The same of the updates Δh^(l) = h^(l+1) − h^(l)."""

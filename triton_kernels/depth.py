@@ -11,7 +11,10 @@ from repflow.triton_kernels.groups import find_groups
 
 
 class DepthStatistics(NamedTuple):
-    """Statistics of each token along depth. Maps are NaN at padding and wherever a state that they touch is non-finite."""
+    """Statistics of each token along depth.
+
+    Maps are NaN at padding and wherever a state that they touch is non-finite.
+    """
 
     norm: Float[Tensor, "S B T"]
     """‖h^(l)‖₂."""
@@ -46,4 +49,6 @@ def depth_statistics(
         ValueError: states that are not `[S, B, T, D]`, fewer than two of them, or a mask that does not fit.
     """
     check_states("depth_statistics", states, minimum=2)
-    return DepthStatistics(*reference.depth_statistics(states, find_groups(check_mask("depth_statistics", states, mask))))
+    return DepthStatistics(
+        *reference.depth_statistics(states, find_groups(check_mask("depth_statistics", states, mask)))
+    )

@@ -1,13 +1,14 @@
 """The groups of tokens that a mask describes: rows of the batch, or documents in packed rows."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Int, Int64
 from torch import Tensor
 
 
-class Groups(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Groups:
     """Which group each token belongs to: its row, or its document in a packed row."""
 
     index: Int64[Tensor, "B T"]

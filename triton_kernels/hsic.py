@@ -19,8 +19,8 @@ class HsicStatistics(NamedTuple):
     """HSIC per group, and how much of it hangs on one token."""
 
     hsic: Float64[Tensor, "G S S"]
-    """HSIC of every pair of states; NaN for groups with too few tokens, and in the row and column of a state without a finite token."""
-    count: Int64[Tensor, " G"]
+    """HSIC of every pair of states; NaN for groups with too few tokens, and for states without a finite token."""
+    count: Int64[Tensor, " G"]  # pyright: ignore[reportIncompatibleMethodOverride]
     """Tokens used: valid, and finite in every state that has a finite token."""
     fourth_moment: Float64[Tensor, "G S"]
     """Σ_t ‖x_t‖⁴ over the centred tokens."""
@@ -41,9 +41,9 @@ def hsic_statistics(
     """HSIC of every pair of states with linear kernels, per group, over the centred tokens x.
 
     biased (Kornblith et al. 2019): HSIC₀ = ⟨K, L⟩/(n − 1)², K = X Xᵀ.
-    unbiased (Song et al. 2012, Nguyen et al. 2021), n ≥ 4: with a_i = ‖x_i‖² of one state and b_i of the other, and K̃, L̃ the
-    Grams with a zero diagonal, HSIC₁ = [⟨K̃, L̃⟩ + Σa Σb/((n − 1)(n − 2)) − 2/(n − 2)·Σ a_i b_i] / (n(n − 3)): row i of the
-    centred K̃ sums to −a_i, so no row sums are needed.
+    unbiased (Song et al. 2012, Nguyen et al. 2021), n ≥ 4: with a_i = ‖x_i‖² of one state and b_i of the other, and K̃,
+    L̃ the Grams with a zero diagonal, HSIC₁ = [⟨K̃, L̃⟩ + Σa Σb/((n − 1)(n − 2)) − 2/(n − 2)·Σ a_i b_i] / (n(n − 3)):
+    row i of the centred K̃ sums to −a_i, so no row sums are needed.
 
     Args:
         states: h^(0) … h^(L), in float16, bfloat16, float32 or float64.
@@ -51,8 +51,9 @@ def hsic_statistics(
         estimator: "unbiased" or "biased".
 
     Returns:
-        Everything in float64, counts in int64. A token that is non-finite in some state is left out of all states, so that every pair
-        sees the same tokens; a state without any finite token gives NaN instead and takes no token from the others.
+        Everything in float64, counts in int64. A token that is non-finite in some state is left out of all states, so
+        that every pair sees the same tokens; a state without any finite token gives NaN instead and takes no token from
+        the others.
 
     Raises:
         TypeError: states or mask of another dtype.

@@ -1,6 +1,6 @@
 """The demo's models: three families in three sizes, built from configurations with random weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -129,7 +129,7 @@ MODELS: Mapping[str, tuple[DemoModel, ...]] = MappingProxyType(
 )
 
 
-def choose_models(names: list[str] | None, size: str) -> list[DemoModel]:
+def choose_models(names: Sequence[str], size: str) -> list[DemoModel]:
     """The models of a size, or those of them that are named, in the order of the table.
 
     Raises:
@@ -139,7 +139,7 @@ def choose_models(names: list[str] | None, size: str) -> list[DemoModel]:
         raise ValueError(f"--size: expected one of {', '.join(MODELS)}, got {size!r}")
     models = MODELS[size]
     known = [model.name for model in models]
-    for name in names or []:
+    for name in names:
         if name not in known:
             raise ValueError(f"--model: expected one of {', '.join(known)}, got {name!r}")
     return [model for model in models if not names or model.name in names]

@@ -71,7 +71,7 @@ def load_corpus(path: Path | None, *, sequence: int, batch: int) -> Corpus:
             f"--text: one batch of {batch} × {sequence} bytes and a window held out take at least {needed:,} bytes, "
             f"{source} holds {len(data):,}; pass a larger file or a folder of text"
         )
-    held_out = max(int(len(data) * VALIDATION_SHARE), sequence + 1)
+    held_out = min(max(int(len(data) * VALIDATION_SHARE), sequence + 1), len(data) - batch * sequence - 1)
     # A bytearray is writable, which `frombuffer` asks for.
     tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return Corpus(train=tensor[:-held_out], validation=tensor[-held_out:], source=source)
@@ -87,23 +87,27 @@ def _read(path: Path | None) -> bytes:
         files = [path] if path.is_file() else _text_files(path)
     parts: list[bytes] = []
     room = MAX_BYTES
-    try:
-        for file in files:
-            with file.open("rb") as stream:
-                part = stream.read(room)
-            # A NUL byte is what tells a binary file from text; a file named by the user is taken as it is.
-            if file != path and b"\0" in part[:1024]:
-                continue
-            parts.append(part)
-            room -= len(part)
-            if room <= 0:
-                break
-    except OSError as error:
-        raise TextError(f"--text: cannot read {error.filename}: {error.strerror}") from error
+    for file in files:
+        part = _head(file, room)
+        # A NUL byte is what tells a binary file from text; a file named by the user is taken as it is.
+        if file != path and b"\0" in part[:1024]:
+            continue
+        parts.append(part)
+        room -= len(part)
+        if room <= 0:
+            break
     data = b"".join(parts)
     if not data:
         raise TextError(f"--text: {path} holds no text; pass a file, or a folder with text files")
     return data
+
+
+def _head(file: Path, size: int) -> bytes:
+    try:
+        with file.open("rb") as stream:
+            return stream.read(size)
+    except OSError as error:
+        raise TextError(f"--text: cannot read {file}: {error.strerror}") from error
 
 
 def _standard_library() -> tuple[Path, list[Path]]:
@@ -126,8 +130,7 @@ def _visible_files(folder: Path) -> Iterator[Path]:
 
 
 def _mixed(files: list[Path]) -> list[Path]:
-    """In an order that depends on the paths alone, and in which neighbours in a folder are not neighbours:
-    the part held out is then of the same kind as the rest."""
+    """In an order that depends on the paths alone, and mixes folders: what is held out is then like the rest."""
     files = sorted(files)
     random.Random(0).shuffle(files)
     return files

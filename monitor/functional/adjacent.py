@@ -18,7 +18,8 @@ def adjacent_layer_similarity(
         mask: attention mask or document numbers; 0 is padding.
 
     Returns:
-        In [−1, 1], float32 (float64 for float64 states); NaN at padding, and where one of the two states is non-finite or the zero vector.
+        In [−1, 1], float32 (float64 for float64 states); NaN at padding, and where one of the two states is non-finite
+        or the zero vector.
 
     Raises:
         TypeError: states or mask of another dtype.

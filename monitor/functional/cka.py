@@ -21,19 +21,24 @@ def layer_cka(
     *,
     estimator: Estimator = "unbiased",
 ) -> Float64[Tensor, "G S S"]:
-    """Linear CKA of every pair of states, with the tokens of a group as examples (Kornblith et al. 2019; arXiv 2510.06640, section 3.3.1).
+    """Linear CKA of every pair of states, with the tokens of a group as examples.
 
-    1 says that two states hold the same geometry up to rotation, scale and shift. HSIC grows with the fourth power of a token's norm,
+    CKA(a, b) = HSIC(a, b)/√(HSIC(a, a)·HSIC(b, b)) (Kornblith et al. 2019; arXiv 2510.06640, section 3.3.1).
+    1 says that two states hold the same geometry up to rotation, scale and shift. HSIC grows with the fourth power of a
+    token's norm,
     so that one very large token can decide the value: `repflow.triton_kernels.hsic_statistics` tells its share.
 
     Args:
         states: h^(0) … h^(L) of B rows of T tokens.
-        mask: attention mask (one group per row) or document numbers (one group per document, in row-major order); 0 is padding.
-        estimator: "unbiased" (values in [−1, 1], strongly negative ones are possible for few tokens) or "biased" (in [0, 1], too high
+        mask: attention mask (one group per row) or document numbers (one group per document, in row-major order); 0 is
+            padding.
+        estimator: "unbiased" (values in [−1, 1], strongly negative ones are possible for few tokens) or "biased" (in
+            [0, 1], too high
             for few tokens). The two differ by more than noise.
 
     Returns:
-        float64; NaN for a group with too few tokens (4 unbiased, 2 biased) and for a state whose tokens are all equal or all non-finite.
+        float64; NaN for a group with too few tokens (4 unbiased, 2 biased) and for a state whose tokens are all equal
+        or all non-finite.
 
     Raises:
         TypeError: states or mask of another dtype.

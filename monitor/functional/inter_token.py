@@ -18,12 +18,14 @@ def inter_token_similarity(
 ) -> Float64[Tensor, "S G"]:
     """Mean cosine over all pairs of tokens of a group, per state (arXiv 2510.06640, Eq. 2).
 
-    1 says that all tokens point the same way (oversmoothing), 0 that they are unrelated. Computed from the sum of unit vectors, never from
-    n×n products. Tokens without a direction (non-finite, or the zero vector) are left out of the state where they have none.
+    1 says that all tokens point the same way (oversmoothing), 0 that they are unrelated. Computed from the sum of unit
+    vectors, never from n×n products. Tokens without a direction (non-finite, or the zero vector) are left out of the
+    state where they have none.
 
     Args:
         states: h^(0) … h^(L) of B rows of T tokens.
-        mask: attention mask (one group per row) or document numbers (one group per document, in row-major order); 0 is padding.
+        mask: attention mask (one group per row) or document numbers (one group per document, in row-major order); 0 is
+            padding.
 
     Returns:
         In [−1, 1], float64; NaN for a group with fewer than two tokens.

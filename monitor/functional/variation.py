@@ -9,10 +9,11 @@ from repflow.triton_kernels import depth_statistics
 def layer_local_variance(
     states: Float[Tensor, "S B T D"], mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"] | None = None
 ) -> Float64[Tensor, ""]:
-    """V_loc (arXiv 2510.06640, Eq. 3): mean of |h^(l+1) − (h^(l) + h^(l+2))/2| over tokens, features and interior states.
+    """V_loc: mean of |h^(l+1) − (h^(l) + h^(l+2))/2| over tokens, features and interior states.
 
-    0 says that the stream moves in equal steps. It has the scale of the states. All (token, interior state) pairs weigh the
-    same; one that touches a non-finite state is left out. The mean is over the S − 2 second differences that exist.
+    arXiv 2510.06640, Eq. 3, with its misprint h^(t+1) read as h^(l+1).
+    0 says that the stream moves in equal steps. It has the scale of the states. All (token, interior state) pairs weigh
+    the same; one that touches a non-finite state is left out. The mean is over the S − 2 second differences that exist.
 
     Args:
         states: h^(0) … h^(L) of B rows of T tokens.
@@ -31,8 +32,9 @@ def layer_local_variance(
 def layer_global_variance(
     states: Float[Tensor, "S B T D"], mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"] | None = None
 ) -> Float64[Tensor, ""]:
-    """V_glob (arXiv 2510.06640, Eq. 4): mean over tokens and features of the population standard deviation over all S states.
+    """V_glob: mean over tokens and features of the population standard deviation over all S states.
 
+    arXiv 2510.06640, Eq. 4.
     It has the scale of the states. Tokens weigh the same; one with a non-finite state is left out.
 
     Args:

@@ -1,6 +1,7 @@
 """Run files -> figures -> one self-contained HTML page."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 
@@ -13,17 +14,17 @@ def write_report(paths: Sequence[str | PathLike[str]], output: str | PathLike[st
     """Write one HTML page that shows the runs side by side; it needs no network, no account and no other file.
 
     Args:
-        paths: run files, in the order in which the page shows them. Runs of one name are told apart by their paths.
-        output: the page to write. Missing folders are made; an existing file is replaced once the page is complete.
+        paths: Run files, in the order in which the page shows them. Runs of one name are told apart by their paths.
+        output: The page to write. Missing folders are made; an existing file is replaced once the page is complete.
 
     Returns:
         The path of the page.
 
     Raises:
-        ModuleNotFoundError: plotly, which the extra `report` installs, is missing.
-        ValueError: no paths, some that are not run files (all are named, and nothing is written), or an `output` that
+        ModuleNotFoundError: Plotly, which the extra `report` installs, is missing.
+        ValueError: No paths, some that are not run files (all are named, and nothing is written), or an `output` that
             is one of the run files.
-        OSError: the page cannot be written.
+        OSError: The page cannot be written.
     """
     require("plotly")
     # Only now, since these import plotly.
@@ -46,9 +47,9 @@ def _write(target: Path, page: str) -> None:
         part.write_text(page, encoding="utf-8")
         part.replace(target)
     except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
         reason = error.strerror or error
         raise OSError(
             f"`write_report`: cannot write the report to {target}: {reason}; give another output file"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)

@@ -40,7 +40,7 @@ def _log_axis(title: str, low: float, high: float) -> Figure:
     digits = (1, 2, 5) if last - first < 3 else (1,)
     decades = range(int(np.floor(first)), int(np.ceil(last)) + 1)
     return {
-        "title": {"text": _axis_title(f"{title}, log scale")},
+        "title": {"text": _axis_title(f"{title} (log)")},
         "type": "log",
         "range": [float(first - air), float(last + air)],
         "tickvals": [digit * 10.0**decade for decade in decades for digit in digits],

@@ -156,7 +156,9 @@ def step_curves(
                 **_run_line(run, _mode(points, MARKED_POINTS)),
                 "x": run.steps[kept].tolist(),
                 "y": rounded(points, digits=5),
-                "hovertemplate": f"%{{fullData.name}}<br>step %{{x}}<br>{label} %{{y:.5~g}}<extra></extra>",
+                # The label may come from a run file: not in the template, where `%{` has a meaning.
+                "meta": plotly_text(label),
+                "hovertemplate": "%{fullData.name}<br>step %{x}<br>%{meta} %{y:.5~g}<extra></extra>",
             }
         )
     return {"data": traces, "layout": _layout(step_axis(step_range), y_axis)}

@@ -33,6 +33,8 @@ class Panel:
 class Group:
     """Panels that share their scales, with one legend."""
 
+    name: str
+    """What the panels have in common beside the section's quantity, plain text."""
     legend: str
     """HTML."""
     panels: Sequence[Panel]
@@ -67,8 +69,9 @@ def heatmaps(
     label: str,
     *,
     maxima: bool = False,
+    clipped: bool = False,
 ) -> Group:
-    """One depth × step heatmap per run."""
+    """One depth × step heatmap per run; `clipped` if values below the range of colours are shown in its first one."""
     panels = [
         Panel(
             title=run.label,
@@ -78,8 +81,13 @@ def heatmaps(
         )
         for run, figure, part in zip(runs, figures, values, strict=True)
     ]
-    legend = color_legend(colors, label[:1].upper() + label[1:]) + kinds_legend(runs)
-    return Group(legend=legend, panels=panels, note=thinned(runs, HEATMAP_COLUMNS, "columns", maxima=maxima))
+    legend = color_legend(colors, label[:1].upper() + label[1:], clipped=clipped) + kinds_legend(runs)
+    return Group(
+        name="depth by step",
+        legend=legend,
+        panels=panels,
+        note=thinned(runs, HEATMAP_COLUMNS, "columns", maxima=maxima),
+    )
 
 
 def curves_over_depth(runs: Sequence[Run], name: str, label: str, axis: Figure) -> Group:
@@ -93,7 +101,7 @@ def curves_over_depth(runs: Sequence[Run], name: str, label: str, axis: Figure) 
         )
         for run in runs
     ]
-    return Group(legend=order_legend() + kinds_legend(runs), panels=panels)
+    return Group(name="curves over depth", legend=order_legend() + kinds_legend(runs), panels=panels)
 
 
 def over_steps(

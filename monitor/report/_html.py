@@ -13,7 +13,7 @@ def number(value: float, digits: int = 3) -> str:
     """A value for reading, with a true minus sign and thousands separators."""
     if not np.isfinite(value):
         return "n/a"
-    text = f"{value:,.0f}" if abs(value) >= 100 or value == 0 else f"{value:#.{digits}g}"
+    text = f"{value:,.0f}" if abs(value) >= 100 or value == 0 else f"{value:#.{digits}g}".rstrip(".")
     return text.replace("-", "−")
 
 
@@ -56,9 +56,15 @@ def order_legend() -> str:
     )
 
 
-def color_legend(color_range: tuple[float, float], label: str) -> str:
-    """The colour scale that all heatmaps of a group share, with five values, and the colour of what is missing."""
-    ticks = "".join(f"<span>{value:.3g}</span>" for value in np.linspace(*color_range, 5))
+def color_legend(color_range: tuple[float, float], label: str, *, clipped: bool = False) -> str:
+    """The colour scale that all heatmaps of a group share, with five values, and the colour of what is missing.
+
+    `clipped` if smaller values than the first have its colour.
+    """
+    texts = [f"{value:.3g}" for value in np.linspace(*color_range, 5)]
+    if clipped:
+        texts[0] = f"≤ {texts[0]}"
+    ticks = "".join(f"<span>{text}</span>" for text in texts)
     return (
         f'<span class="legend"><span>{escape(label)}</span>'
         f'<span class="scale"><span class="ramp"></span><span class="ticks">{ticks}</span></span>'

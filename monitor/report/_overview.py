@@ -77,25 +77,32 @@ def differences(runs: Sequence[Run]) -> list[str]:
 
 
 def landmarks(depth: int) -> tuple[int, int, int]:
-    """The states called early (a quarter of the depth), middle (half) and late (the last one)."""
-    return round(depth / 4), round(depth / 2), depth
+    """The first, the middle and the last state."""
+    return 0, depth // 2, depth
 
 
 def summary_table(runs: Sequence[Run]) -> str:
     """First and last value of what matters most, one row per run."""
-    similarity_heads = [f"inter-token similarity, {where}" for where in ("early", "middle", "late")]
-    head = ["run", "loss", *similarity_heads, "V<sub>loc</sub>", "V<sub>glob</sub>", "CKA, first and last state"]
+    similarity_heads = [f"inter-token similarity, {which} state" for which in ("first", "middle", "last")]
+    head = ["run", "loss", *similarity_heads, "V<sub>loc</sub>", "V<sub>glob</sub>", "CKA, first to last state"]
     rows = []
     for run in runs:
         similarity = run.values("inter_token")
-        loss = run.scalars[:1]
-        cells = [_change(run, run.values(loss[0])) if loss and "loss" in loss[0].lower() else "not logged"]
+        cells = [_loss_change(run)]
         for state in landmarks(run.depth):
             cells.append(f"{_change(run, similarity[:, state])}<small>state {state}</small>")
         cells += [_change(run, run.values(name)) for name in ("v_loc", "v_glob")]
         cells.append(_change(run, run.values("cka")[:, 0, -1]))
         rows.append([run_name(run), *cells])
     return table(head, rows)
+
+
+def _loss_change(run: Run) -> str:
+    """Of the first logged value that is called a loss."""
+    name = next((name for name in run.scalars if "loss" in name.lower()), None)
+    if name is None:
+        return "not logged"
+    return _change(run, run.values(name)) + ("" if name == "loss" else f"<small>{escape(name)}</small>")
 
 
 def _change(run: Run, values: Floats) -> str:
@@ -123,15 +130,13 @@ def health_table(runs: Sequence[Run]) -> str:
     ]
     rows = []
     for run in runs:
-        overhead = run.values("overhead_ms")
         rows.append(
             [
                 run_name(run),
                 _count(run, "nonfinite"),
                 _count(run, "zero"),
                 _largest(run, run.values("hsic_top_token")),
-                f"{number(float(np.nanmedian(overhead)))} ms ({number(float(np.nanmax(overhead)))} ms)",
-                _total_overhead(run, overhead),
+                *_overhead(run),
             ]
         )
     return table(head, rows)
@@ -162,12 +167,16 @@ def _largest(run: Run, values: Floats) -> str:
     return f"{number(float(values[step, state]))} at step {run.steps[step]:,}, state {state}"
 
 
-def _total_overhead(run: Run, overhead: Floats) -> str:
-    """Seconds, and their share of the wall time between the first and the last snapshot."""
+def _overhead(run: Run) -> tuple[str, str]:
+    """Of a snapshot, and of all with its share of the wall time between the first and the last snapshot."""
+    overhead = run.values("overhead_ms")
+    if not np.isfinite(overhead).any():
+        return "n/a", "n/a"
+    single = f"{number(float(np.nanmedian(overhead)))} ms ({number(float(np.nanmax(overhead)))} ms)"
     total = f"{number(float(np.nansum(overhead)) / 1000)} s"
     times = run.values("time")
     wall = float(times[-1] - times[0])
     if wall <= 0:
-        return total
+        return single, total
     # The first snapshot was written when its own overhead had passed: only the others fall between the two times.
-    return f"{total}, {number(float(np.nansum(overhead[1:])) / 10 / wall, 2)} % of the time"
+    return single, f"{total}, {number(float(np.nansum(overhead[1:])) / 10 / wall, 2)} % of the time"

@@ -77,7 +77,8 @@ def _section(section: Section, figures: list[dict[str, Any]]) -> str:
 def _group(section: Section, group: Group, figures: list[dict[str, Any]]) -> str:
     slider = _slider(group.slider) if group.slider else ""
     note = f'<p class="note">{group.note}</p>' if group.note else ""
-    panels = "".join(_panel(section, panel, figures) for panel in group.panels)
+    title = f"{section.title}, {group.name}"
+    panels = "".join(_panel(title, panel, figures) for panel in group.panels)
     return f'<div class="legends">{group.legend}</div>{note}{slider}<div class="panels">{panels}</div>'
 
 
@@ -93,12 +94,12 @@ def _slider(steps: Sequence[int]) -> str:
     )
 
 
-def _panel(section: Section, panel: Panel, figures: list[dict[str, Any]]) -> str:
+def _panel(title: str, panel: Panel, figures: list[dict[str, Any]]) -> str:
     """The place of a figure, whose data goes to `figures` under the same number."""
     number = len(figures)
     figures.append(panel.figure)
     mark = swatch(panel.color) if panel.color else ""
-    label = escape(f"{section.title}: {panel.title}")
+    label = escape(f"{title}: {panel.title}")
     detail = f" <small>{escape(panel.detail)}</small>" if panel.detail else ""
     shown = ' <output class="shown"></output>' if "cka" in panel.figure else ""
     height = panel.figure["layout"]["height"]

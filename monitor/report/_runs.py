@@ -91,7 +91,7 @@ def load_runs(paths: Sequence[str | PathLike[str]]) -> list[Run]:
     """Open every run file.
 
     Raises:
-        ValueError: no paths, or some that `open_run` cannot read. All of these are named with their reasons, so that no
+        ValueError: No paths, or some that `open_run` cannot read. All of these are named with their reasons, so that no
             readable run is left out without a word.
     """
     if not paths:

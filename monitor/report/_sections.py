@@ -25,6 +25,8 @@ from repflow.monitor.report._runs import Run
 from repflow.monitor.report._thin import CKA_STEPS, CURVE_POINTS, spread
 
 MAX_SCALARS = 8
+CLIPPED_SHARE = 0.2
+"""Share of the adjacent-layer similarities that shares the darkest colour."""
 
 
 def build_sections(runs: Sequence[Run]) -> list[Section]:
@@ -47,8 +49,8 @@ def build_sections(runs: Sequence[Run]) -> list[Section]:
 
 def _inter_token(runs: Sequence[Run], steps: tuple[float, float]) -> Section:
     values = [run.values("inter_token") for run in runs]
-    colors = finite_range(values, (0, 1))
-    axis = value_axis("inter-token similarity", values, bounds=(0, 1))
+    colors = finite_range(values, (0.0, 1.0))
+    axis = value_axis("inter-token similarity", values, bounds=(0.0, 1.0))
     label = "inter-token similarity"
     maps = [
         depth_heatmap(run, "inter_token", over="state", label=label, color_range=colors, step_range=steps)
@@ -62,6 +64,7 @@ def _inter_token(runs: Sequence[Run], steps: tuple[float, float]) -> Section:
             heatmaps(runs, maps, values, colors, label),
             curves_over_depth(runs, "inter_token", label, axis),
             Group(
+                name="last step over depth",
                 legend=runs_legend(runs),
                 panels=[
                     Panel(
@@ -76,34 +79,55 @@ def _inter_token(runs: Sequence[Run], steps: tuple[float, float]) -> Section:
 
 def _adjacent(runs: Sequence[Run], steps: tuple[float, float]) -> Section:
     values = [run.values("adjacent") for run in runs]
-    colors = finite_range(values)
+    colors = _upper_range(values)
     label = "cosine"
     maps = [
         depth_heatmap(run, "adjacent", over="block", label=label, color_range=colors, step_range=steps) for run in runs
     ]
     overlay = depth_overlay(
-        runs, "adjacent", over="block", label=label, y_axis=value_axis("cosine", [part[-1] for part in values])
+        runs,
+        "adjacent",
+        over="block",
+        label=label,
+        y_axis=value_axis("cosine", [part[-1] for part in values], bounds=(1.0, 1.0)),
     )
     return Section(
         id="adjacent",
         title="Adjacent-layer similarity",
         text=_text.ADJACENT,
         groups=[
-            heatmaps(runs, maps, values, colors, label),
-            Group(legend=runs_legend(runs), panels=[Panel(title="All runs at their last step", figure=overlay)]),
+            heatmaps(runs, maps, values, colors, label, clipped=True),
+            Group(
+                name="last step over depth",
+                legend=runs_legend(runs),
+                panels=[Panel(title="All runs at their last step", figure=overlay)],
+            ),
         ],
     )
 
 
+def _upper_range(values: Sequence[Floats]) -> tuple[float, float]:
+    """The range of the upper `1 - CLIPPED_SHARE` of the values.
+
+    A block that rewrites the stream, often the first one, would otherwise leave one colour for all others.
+    """
+    _, high = finite_range(values)
+    known = np.concatenate([part[np.isfinite(part)] for part in values])
+    low = float(np.quantile(known, CLIPPED_SHARE)) if known.size else 0.0
+    return min(low, high - 1e-3), high
+
+
 def _cka(runs: Sequence[Run]) -> Section:
     payloads = [_cka_payload(run) for run in runs]
-    colors = finite_range([run.values("cka") for run in runs], (0, 1))
+    colors = finite_range([run.values("cka") for run in runs], (0.0, 1.0))
     panels = []
     for run, payload in zip(runs, payloads, strict=True):
         estimator = str(run.data.attrs["cka_estimator"])
-        missing = "" if payload["steps"] else ", not measured"
+        measured = "" if payload["steps"] else " not measured"
         figure = {**cka_heatmap(run, colors), "cka": payload}
-        panels.append(Panel(title=run.label, detail=f"{estimator}{missing}", figure=figure, color=run.color))
+        panels.append(
+            Panel(title=run.label, detail=f"{estimator} estimator,{measured}", figure=figure, color=run.color)
+        )
     positions = sorted({step for payload in payloads for step in payload["steps"]})
     estimators = sorted({str(run.data.attrs["cka_estimator"]) for run in runs})
     return Section(
@@ -112,6 +136,7 @@ def _cka(runs: Sequence[Run]) -> Section:
         text=_text.CKA,
         groups=[
             Group(
+                name="chosen step",
                 legend=color_legend(colors, "CKA"),
                 panels=panels,
                 note=thinned(runs, CKA_STEPS, "matrices"),
@@ -138,8 +163,8 @@ def _triangle(matrix: Floats) -> list[list[float | None]]:
 
 def _variation(runs: Sequence[Run], steps: tuple[float, float]) -> Section:
     names = {
-        "v_loc": ("V_loc", "units of the stream"),
-        "v_glob": ("V_glob", "units of the stream"),
+        "v_loc": ("V_loc", "stream units"),
+        "v_glob": ("V_glob", "stream units"),
         "v_loc_rel": ("V_loc / RMS", "dimensionless"),
         "v_glob_rel": ("V_glob / RMS", "dimensionless"),
     }
@@ -151,7 +176,11 @@ def _variation(runs: Sequence[Run], steps: tuple[float, float]) -> Section:
         id="variation",
         title="Layer variation: V_loc and V_glob",
         text=_text.VARIATION,
-        groups=[Group(legend=runs_legend(runs), panels=panels, note=thinned(runs, CURVE_POINTS, "points"))],
+        groups=[
+            Group(
+                name="over steps", legend=runs_legend(runs), panels=panels, note=thinned(runs, CURVE_POINTS, "points")
+            )
+        ],
     )
 
 
@@ -185,7 +214,7 @@ def _scalars(runs: Sequence[Run], steps: tuple[float, float]) -> Section | None:
         id="loss",
         title="Loss" if names == ["loss"] else "Loss and other logged values",
         text=_text.SCALARS,
-        groups=[Group(legend=runs_legend(runs), panels=panels, note=note)],
+        groups=[Group(name="over steps", legend=runs_legend(runs), panels=panels, note=note)],
     )
 
 
@@ -206,7 +235,7 @@ def _health(runs: Sequence[Run], steps: tuple[float, float]) -> Section:
     ]
     # A count that is zero throughout is said in the table; a flat line would add nothing.
     curves = [
-        over_steps(runs, values_of, title, unit, steps, bounds=(0, 1), reduce="max")
+        over_steps(runs, values_of, title, unit, steps, bounds=(0.0, 1.0), reduce="max")
         for title, unit, values_of in series
         if any(values_of(run).any() for run in runs)
     ]
@@ -215,7 +244,12 @@ def _health(runs: Sequence[Run], steps: tuple[float, float]) -> Section:
         title="Health",
         text=_text.HEALTH,
         groups=[
-            Group(legend=runs_legend(runs), panels=curves, note=thinned(runs, CURVE_POINTS, "points", maxima=True)),
+            Group(
+                name="over steps",
+                legend=runs_legend(runs),
+                panels=curves,
+                note=thinned(runs, CURVE_POINTS, "points", maxima=True),
+            ),
             heatmaps(runs, maps, values, colors, "Largest share of one token in HSIC", maxima=True),
         ],
         extra=health_table(runs),

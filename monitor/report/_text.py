@@ -10,8 +10,8 @@ out.</p>
 """
 
 SUMMARY = """
-<p>First → last snapshot. Early, middle and late are the inter-token similarities at a quarter, at half and at
-the end of the depth; CKA compares the first state with the last one.</p>
+<p>Values at the first → last snapshot. “First state” and “last state” are places in depth, h<sup>(0)</sup> and
+h<sup>(<var>L</var>)</sup>.</p>
 """
 
 INTER_TOKEN = """
@@ -25,7 +25,7 @@ ADJACENT = """
 <p>cos(h<sub>t</sub><sup>(<var>l</var>)</sup>, h<sub>t</sub><sup>(<var>l</var>+1)</sup>), a token before and
 after block <var>l</var>, mean over tokens. From −1 to 1. <strong>Near 1</strong>: the block hardly turns the
 stream (residual connections alone push it up); <strong>low</strong>: it rewrites it. The colours span the
-values found.</p>
+upper four fifths of the values found; the lowest fifth shares the darkest one.</p>
 """
 
 CKA = """

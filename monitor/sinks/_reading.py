@@ -129,13 +129,16 @@ def _records(db: sqlite3.Connection) -> tuple[list[Record], int | None]:
 
 
 def _stored(db: sqlite3.Connection) -> int | None:
-    try:
-        row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'snapshot'").fetchone()
-    except sqlite3.DatabaseError:
-        return None
-    if row is None:  # nothing stored yet
-        return 0
-    return row[0] if isinstance(row[0], int) else None
+    """The highest id that was ever given: ids begin at 1, and no row is ever deleted."""
+    counts = "SELECT max(seq) FROM sqlite_sequence WHERE name = 'snapshot'", "SELECT max(id) FROM snapshot"
+    found: list[int] = []
+    for query in counts:
+        try:
+            (number,) = db.execute(query).fetchone()
+        except sqlite3.DatabaseError:
+            continue
+        found.append(number if isinstance(number, int) else 0)
+    return max(found, default=None)
 
 
 def _row_by_row(db: sqlite3.Connection, stored: int) -> Iterator[tuple[Any, ...]]:

@@ -80,7 +80,7 @@ class WandbSink(AbstractSink):
         defaults: dict[str, Any] = {"project": "repflow", "name": run.name}
         self._run = active or wandb.init(**(defaults | self._init_kwargs))
         self._run.config.update({"repflow": _described(run)}, allow_val_change=True)
-        self._run.define_metric("repflow/step", hidden=True)
+        self._run.define_metric("repflow/step", step_metric="repflow/step", hidden=True)
         self._run.define_metric("repflow/*", step_metric="repflow/step")
         self._last = None
         if self._max_images:
@@ -89,7 +89,7 @@ class WandbSink(AbstractSink):
     def _start_heatmaps(self) -> None:
         assert self._run is not None
         self._series = HeatmapSeries(self._max_images)
-        self._run.define_metric("repflow/heatmap_step", hidden=True)
+        self._run.define_metric("repflow/heatmap_step", step_metric="repflow/heatmap_step", hidden=True)
         for name in HeatmapSeries.NAMES:
             self._run.define_metric(f"repflow/{name}", step_metric="repflow/heatmap_step")
         self._images = images = SimpleQueue()
@@ -103,7 +103,13 @@ class WandbSink(AbstractSink):
         """
         if self._run is None:
             raise RuntimeError("`WandbSink.write`: expected `start` to come first; call `start(run)`")
-        self._run.log({"repflow/step": snapshot.step, **scalar_items(snapshot, self._states), **self._ready()})
+        items = scalar_items(snapshot, self._states)
+        if self._last is None and not self._own:
+            # The run may have a step for `*`, as Lightning's logger gives it, which wins over `repflow/*`: a metric
+            # defined by its full name wins over both.
+            for key in items:
+                self._run.define_metric(key, step_metric="repflow/step")
+        self._run.log({"repflow/step": snapshot.step, **items, **self._ready()})
         self._last = snapshot
         if self._series is not None and (drawn := self._series.add(snapshot)):
             self._submit(drawn)

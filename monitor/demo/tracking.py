@@ -1,0 +1,80 @@
+"""The demo's W&B run: offline unless the user is logged in."""
+
+import netrc
+import os
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from lightning.pytorch.loggers import WandbLogger
+
+from repflow._imports import WANDB
+
+_DEFAULT_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
+
+
+def wandb_mode() -> str:
+    """`WANDB_MODE` where it is set, else `online` for a user who is logged in, else `offline`.
+
+    Who has a key in the environment or in the netrc file is logged in; nothing is asked over the network.
+    """
+    if mode := os.environ.get("WANDB_MODE"):
+        return mode
+    return "online" if _logged_in() else "offline"
+
+
+def _logged_in() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    given = os.environ.get("WANDB_BASE_URL")
+    hosts = (urlsplit(given).netloc,) if given else _DEFAULT_HOSTS
+    try:
+        entries = netrc.netrc(_netrc_file()).hosts
+    except (OSError, netrc.NetrcParseError):  # none, or none that W&B could read either
+        return False
+    return any(host in entries for host in hosts)
+
+
+def _netrc_file() -> Path:
+    """Where `wandb login` keeps the key."""
+    if given := os.environ.get("NETRC"):
+        return Path(given).expanduser()
+    usual = Path.home() / ".netrc"
+    return usual if usual.exists() else Path.home() / "_netrc"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracking:
+    """A W&B run, or the reason why there is none."""
+
+    logger: WandbLogger | None = None
+    where: str
+    """Address of an online run, folder of an offline one, or why there is none."""
+
+    def finish(self, *, failed: bool) -> None:
+        """Close the run: the next model starts one of its own."""
+        if self.logger is not None:
+            self.logger.experiment.finish(exit_code=int(failed))
+
+
+def start_tracking(name: str, *, folder: Path) -> Tracking:
+    """Start a W&B run in `folder`/wandb. Its own chatter is off: the demo says where the run is.
+
+    A run that cannot be started is no reason not to train.
+    """
+    if not WANDB:
+        return Tracking(where="none: wandb is not installed (pip install 'repflow[wandb]')")
+    mode = wandb_mode()
+    if mode == "disabled":
+        return Tracking(where="none: WANDB_MODE=disabled")
+    settings = {"silent": True, "console": "off", "disable_git": True}
+    logger = WandbLogger(project="repflow-demo", name=name, save_dir=folder, mode=mode, settings=settings)
+    try:
+        # W&B speaks before it reads its settings, of arguments that Lightning passes; what goes wrong, it raises.
+        with redirect_stderr(StringIO()):
+            run = logger.experiment
+    except Exception as error:
+        return Tracking(where=f"none: {type(error).__name__}: {error}")
+    return Tracking(logger=logger, where=(None if run.offline else run.url) or str(Path(run.dir).parent))

@@ -1,0 +1,270 @@
+"""The Lightning callback under a real Trainer."""
+
+import warnings
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+import transformers
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader, TensorDataset
+
+from repflow.callbacks import RepresentationMonitor
+from repflow.monitor import MonitorConfig, RepflowWarning, Snapshot, open_run
+from repflow.monitor.sinks import AbstractSink, RunFileSink
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*(does not have many workers|fewer than the logging interval|exists and is not empty|isinstance.treespec)"
+)
+
+
+class Keep(AbstractSink):
+    """Keeps the snapshots."""
+
+    def __init__(self) -> None:
+        self.snapshots: list[Snapshot] = []
+
+    def start(self, run) -> None:
+        pass
+
+    def write(self, snapshot: Snapshot) -> None:
+        self.snapshots.append(snapshot)
+
+    def close(self) -> None:
+        pass
+
+
+class Model(LightningModule):
+    """GPT-NeoX with dropout; remembers every micro-batch's loss. `fail_at`: micro-batch whose training step raises."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        super().__init__()
+        config = transformers.GPTNeoXConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=48,
+            hidden_dropout=0.1,
+        )
+        self.model = transformers.GPTNeoXForCausalLM(config)
+        self.losses: list[float] = []
+        self.fail_at = fail_at
+
+    def training_step(self, batch, index):
+        loss = self.model(input_ids=batch[0], attention_mask=batch[1], labels=batch[0]).loss
+        if self.fail_at == len(self.losses):
+            raise ZeroDivisionError("in the user's training step")
+        self.losses.append(loss.item())
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch, index):
+        self.log("val_loss", self.model(input_ids=batch[0], labels=batch[0]).loss)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 1e-3)
+
+
+def fit(path: Path, *callbacks: Callback, model: Model | None = None, ckpt_path=None, rows: int = 24, **options):
+    """Train on `rows` rows in micro-batches of 4, two epochs by default."""
+    lightning.seed_everything(3, verbose=False)
+    model = model or Model()
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 64, (rows, 10), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[:, 8:] = 0
+    data = TensorDataset(ids, mask)
+    settings = dict(
+        max_epochs=2, accelerator="cpu", logger=CSVLogger(path), log_every_n_steps=1, default_root_dir=path,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    if any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
+        settings["enable_checkpointing"] = True
+    trainer = Trainer(callbacks=list(callbacks), **{**settings, **options})
+    trainer.fit(model, DataLoader(data, 4, shuffle=True), DataLoader(data, 8), ckpt_path=ckpt_path)
+    return model, trainer
+
+
+def hooks(model: torch.nn.Module) -> list[int]:
+    return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+
+
+def test_one_line(tmp_path, monkeypatch) -> None:
+    """A run file under repflow-runs/, the loggers' files, callback_metrics; the first steps of every epoch."""
+    monkeypatch.chdir(tmp_path)
+    _, trainer = fit(tmp_path, RepresentationMonitor(every_n_steps=5))
+    (path,) = Path("repflow-runs").glob("*.db")
+    with open_run(path) as run:
+        assert run.step.values.tolist() == [0, 5, 10]
+        assert run.tokens.values.tolist() == [32] * 3 and run.sequences.values.tolist() == [4] * 3
+        assert run.attrs["model_class"] == "Model" and run.block_name.values[0] == "model.gpt_neox.layers.0"
+        last = float(run.inter_token[-1, 2])
+    assert float(trainer.callback_metrics["repflow/inter_token/state_02"]) == pytest.approx(last)
+    (csv,) = tmp_path.rglob("metrics.csv")
+    header, *rows = csv.read_text().splitlines()
+    columns = header.split(",")
+    logged = [row.split(",") for row in rows if row.split(",")[columns.index("repflow/v_loc")]]
+    assert [int(row[columns.index("step")]) for row in logged] == [0, 5, 10]
+    assert "repflow/inter_token/state_00" in columns
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_bit_identical_and_right_under_accumulation(tmp_path, accumulate) -> None:
+    """6 micro-batches an epoch: with 4 to a step, each epoch ends with a step of 2."""
+    bare, _ = fit(tmp_path / "bare", accumulate_grad_batches=accumulate)
+    state, sink = torch.get_rng_state(), Keep()
+    monitor = RepresentationMonitor(every_n_steps=1, sinks=[sink])
+    watched, _ = fit(tmp_path / "watched", monitor, accumulate_grad_batches=accumulate)
+    assert watched.losses == bare.losses and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(bare.parameters(), watched.parameters(), strict=True))
+    sizes = {1: [1] * 12, 2: [2] * 6, 4: [4, 2, 4, 2]}[accumulate]
+    assert [s.step for s in sink.snapshots] == list(range(len(sizes)))
+    assert [s.tokens for s in sink.snapshots] == [32 * size for size in sizes]
+    start = 0
+    for snapshot, size in zip(sink.snapshots, sizes, strict=True):
+        expected = sum(bare.losses[start : start + size]) / size
+        assert snapshot.scalars["loss"] == pytest.approx(expected, rel=1e-6)
+        start += size
+    assert hooks(watched) == hooks(bare)
+
+
+def test_sanity_checks_and_validation_are_not_recorded(tmp_path) -> None:
+    sink = Keep()
+    fit(tmp_path, RepresentationMonitor(every_n_steps=1, sinks=[sink]), val_check_interval=2, num_sanity_val_steps=3)
+    assert [s.tokens for s in sink.snapshots] == [32] * 12
+    assert [s.step for s in sink.snapshots] == list(range(12))
+
+
+def test_validate_alone_measures_nothing(tmp_path) -> None:
+    sink = Keep()
+    trainer = Trainer(
+        callbacks=[RepresentationMonitor(sinks=[sink])], logger=False, default_root_dir=tmp_path, accelerator="cpu",
+        enable_progress_bar=False, enable_checkpointing=False,
+    )  # fmt: skip
+    ids = torch.randint(0, 64, (8, 10))
+    trainer.validate(Model(), DataLoader(TensorDataset(ids, torch.ones_like(ids)), 4), verbose=False)
+    assert sink.snapshots == []
+
+
+def test_exception_in_the_users_step(tmp_path) -> None:
+    """The run file keeps every finished step, the hooks are gone, and the exception is the user's own."""
+    path = tmp_path / "run.db"
+    model = Model(fail_at=7)
+    before = hooks(Model())
+    with pytest.raises(ZeroDivisionError, match="in the user's training step"):
+        fit(tmp_path, RepresentationMonitor(every_n_steps=1, sinks=[RunFileSink(path)]), model=model)
+    assert hooks(model) == before
+    assert open_run(path).step.values.tolist() == list(range(7))
+
+
+def test_interrupt(tmp_path) -> None:
+    class Interrupt(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            if trainer.global_step == 5:
+                raise KeyboardInterrupt
+
+    path = tmp_path / "run.db"
+    monitor = RepresentationMonitor(every_n_steps=1, sinks=[RunFileSink(path)])
+    with pytest.raises(SystemExit):
+        fit(tmp_path, Interrupt(), monitor)
+    assert open_run(path).step.values.tolist() == list(range(4))  # the fifth step was cut off before the monitor's turn
+
+
+def test_resume_goes_on_in_the_same_run_file(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", save_last=True)
+    fit(tmp_path, RepresentationMonitor(every_n_steps=2), checkpoint, max_epochs=1)
+    resumed = RepresentationMonitor(every_n_steps=2)
+    fit(tmp_path, resumed, max_epochs=3, ckpt_path=tmp_path / "ckpt" / "last.ckpt")
+    (path,) = Path("repflow-runs").glob("*.db")
+    run = open_run(path)
+    assert run.step.values.tolist() == list(range(0, 18, 2)) and run.attrs["attempt"] == 2
+
+
+def test_early_stopping_sees_the_metrics(tmp_path) -> None:
+    stop = EarlyStopping(
+        "repflow/v_loc", mode="min", divergence_threshold=-1.0, patience=99, check_on_train_epoch_end=True
+    )
+    _, trainer = fit(tmp_path, stop, RepresentationMonitor(every_n_steps=4, sinks=[]))
+    assert trainer.global_step == 6  # one epoch: V_loc is above −1, which counts as diverged
+
+
+def test_fault_in_the_monitor_changes_nothing(tmp_path, monkeypatch) -> None:
+    bare, _ = fit(tmp_path / "bare")
+    callback = RepresentationMonitor(every_n_steps=1, sinks=[])
+
+    class Plant(Callback):
+        def on_train_start(self, trainer, pl_module) -> None:
+            def broken(*args):
+                raise RuntimeError("planted")
+
+            assert callback.monitor is not None
+            monkeypatch.setattr(callback.monitor._capture, "_store", broken)
+
+    with pytest.warns(RepflowWarning, match="stopped monitoring at step 0: RuntimeError: planted"):
+        watched, _ = fit(tmp_path / "watched", callback, Plant())
+    assert watched.losses == bare.losses
+
+
+def test_fitting_twice_and_without_loggers(tmp_path) -> None:
+    path = tmp_path / "run.db"
+    callback = RepresentationMonitor(MonitorConfig(every_n_steps=3), sinks=[RunFileSink(path)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RepflowWarning)
+        fit(tmp_path, callback, logger=False, max_epochs=1)
+        fit(tmp_path, callback, logger=False, max_epochs=2)
+    assert open_run(path).step.values.tolist() == [0, 3, 6, 9]
+
+
+def test_two_monitors_in_one_trainer(tmp_path) -> None:
+    one, two = Keep(), Keep()
+    first = RepresentationMonitor(every_n_steps=1, sinks=[one], name="a")
+    second = RepresentationMonitor(every_n_steps=2, sinks=[two], name="b", blocks="model.gpt_neox.layers")
+    assert first.state_key != second.state_key
+    fit(tmp_path, first, second, max_epochs=1)
+    assert len(one.snapshots) == 6 and len(two.snapshots) == 3
+    assert torch.equal(one.snapshots[2].inter_token, two.snapshots[1].inter_token)
+
+
+def test_manual_optimization(tmp_path) -> None:
+    class Manual(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, index):
+            optimizer = self.optimizers()
+            assert not isinstance(optimizer, list)
+            loss = self.model(input_ids=batch[0], labels=batch[0]).loss
+            self.manual_backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.detach()
+
+    sink = Keep()
+    fit(tmp_path, RepresentationMonitor(every_n_steps=2, sinks=[sink]), model=Manual(), max_epochs=1)
+    assert [s.step for s in sink.snapshots] == [0, 2, 4] and all("loss" in s.scalars for s in sink.snapshots)
+
+
+def test_errors_come_before_training() -> None:
+    with pytest.raises(ValueError, match="expected every_n_steps of 1 or more, got 0"):
+        RepresentationMonitor(every_n_steps=0)
+    with pytest.raises(TypeError, match="unknown option every_step"):
+        RepresentationMonitor(every_step=3)
+
+
+def test_unknown_structure_stops_before_the_first_step(tmp_path) -> None:
+    class Flat(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = torch.nn.Linear(2, 2)
+
+    model = Flat()
+    with pytest.raises(ValueError, match=r"found no ModuleList of modules with parameters; pass blocks="):
+        fit(tmp_path, RepresentationMonitor(sinks=[]), model=model)
+    assert model.losses == []
