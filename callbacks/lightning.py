@@ -64,6 +64,7 @@ class RepresentationMonitor(Callback):
         self._blocks = blocks
         self._stream = stream
         self._name = name
+        self._run_name = name  # found out when fitting starts, or in the checkpoint of a resumed run
         self._log_states: StateChoice = log_states
         self._open: AbstractContextManager[None] | None = None
 
@@ -81,9 +82,9 @@ class RepresentationMonitor(Callback):
             own = self._sinks if self._sinks is not None else [RunFileSink()]
             sinks = [*own, LoggerSink(lambda: trainer.loggers, states=self._log_states), *sinks]
         self.monitor = Monitor(
-            pl_module, self.config, sinks=sinks, blocks=self._blocks, stream=self._stream, name=self._name
+            pl_module, self.config, sinks=sinks, blocks=self._blocks, stream=self._stream, name=self._run_name
         )
-        self._name = self.monitor.run.name
+        self._run_name = self.monitor.run.name
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Open the optimizer step that this micro-batch belongs to."""
@@ -124,11 +125,11 @@ class RepresentationMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The name of the run, under which a resumed run goes on in the same file."""
-        return {"name": self._name}
+        return {"name": self._run_name}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the run of the checkpoint."""
-        self._name = state_dict["name"]
+        self._run_name = state_dict["name"]
 
     def _close(self) -> None:
         if self.monitor is not None:

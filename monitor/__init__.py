@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from repflow.monitor.config import MonitorConfig
     from repflow.monitor.metrics import AdjacentLayerSimilarity, InterTokenSimilarity, LayerCKA, LayerVariation
-    from repflow.monitor.monitor import Monitor, RepflowWarning
+    from repflow.monitor.monitor import Monitor
     from repflow.monitor.residual_stream import ResidualStream, find_residual_stream
     from repflow.monitor.sinks import open_run
     from repflow.monitor.snapshot import RunInfo, Snapshot
+    from repflow.monitor.warning import RepflowWarning
 
 _HOMES = {
     "AdjacentLayerSimilarity": "metrics",
@@ -21,7 +22,7 @@ _HOMES = {
     "LayerVariation": "metrics",
     "Monitor": "monitor",
     "MonitorConfig": "config",
-    "RepflowWarning": "monitor",
+    "RepflowWarning": "warning",
     "ResidualStream": "residual_stream",
     "RunInfo": "snapshot",
     "Snapshot": "snapshot",

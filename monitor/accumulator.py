@@ -20,7 +20,7 @@ class Accumulator:
 
     Args:
         config: which metrics, and with which estimator and budget.
-        num_states: S = L + 1.
+        layout: of the sums.
         step: the optimizer step.
         device: where the states are.
         failed: called with the name of a metric and its exception; the other metrics go on.
@@ -29,13 +29,12 @@ class Accumulator:
     def __init__(
         self,
         config: MonitorConfig,
-        num_states: int,
+        layout: SumLayout,
         step: int,
         device: torch.device,
         failed: Callable[[Metric, Exception], None],
     ) -> None:
         self._config, self._step, self._failed = config, step, failed
-        layout = SumLayout(num_states)
         self.flat = layout.zeros(device)
         self.forwards = 0
         self._sums = layout.views(self.flat)

@@ -6,11 +6,9 @@ import operator
 import platform
 import sys
 import time
-import warnings
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -23,40 +21,12 @@ import repflow
 from repflow.monitor.accumulator import Accumulator
 from repflow.monitor.capture import Capture, CaptureBuffer, CapturedForward
 from repflow.monitor.config import Metric, MonitorConfig
+from repflow.monitor.delivery import Delivery, MeasuredStep
 from repflow.monitor.residual_stream import ResidualStream, find_residual_stream
 from repflow.monitor.sampling import Schedule, Selection, select
 from repflow.monitor.sinks import AbstractSink, FanOutSink
 from repflow.monitor.snapshot import BlockInfo, RunInfo, Snapshot, SumLayout
-
-
-class RepflowWarning(RuntimeWarning):
-    """Something could not be measured. Training is not affected."""
-
-
-@dataclass(eq=False)
-class _Step:
-    """A sampled step while it is being recorded."""
-
-    number: int
-    sums: Accumulator | None = None
-    scalars: dict[str, list[int | float | Tensor]] = field(default_factory=dict)
-    host_ms: float = 0.0
-    ignored: Counter[str] = field(default_factory=Counter)
-    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class _InFlight:
-    """The results of a step on their way from the device."""
-
-    step: _Step
-    values: Tensor
-    """Sums and then scalars, on the host once `ready` has happened."""
-    ready: torch.cuda.Event | None
-
-    def arrived(self) -> bool:
-        """Whether `values` can be read without waiting."""
-        return self.ready is None or self.ready.query()
+from repflow.monitor.warning import warn
 
 
 class Monitor:
@@ -114,8 +84,10 @@ class Monitor:
         self._started = False
         self._enabled = True
         self._warned: set[str] = set()
-        self._step: _Step | None = None
-        self._in_flight: deque[_InFlight] = deque()
+        self._step: MeasuredStep | None = None
+        self._ignored: Counter[str] = Counter()  # forwards of the step that were left out, by reason
+        self._delivery = Delivery()
+        self._layout = SumLayout(len(self.stream) + 1)
         self._late_ms = 0.0  # spent between sampled steps: counted with the next one
         self._capture = Capture(
             stream=self.stream,
@@ -151,12 +123,12 @@ class Monitor:
             raise ValueError(f"`Monitor.step`: expected the number of the optimizer step, 0 or more, got {step}")
         if self._step is not None and self._step.number != step:
             self.publish()
-        if self._in_flight:
+        if self._delivery:
             self._guard(self._collect)()
         if not (self._enabled and self._schedule(step)):
             yield
             return
-        self._step = self._step or _Step(step)
+        self._step = self._step or MeasuredStep(step)
         self._guard(self._capture.arm)(mask)
         try:
             yield
@@ -200,7 +172,8 @@ class Monitor:
     def discard(self) -> None:
         """Drop the step being recorded, as when its body raises."""
         self._step = None
-        self._guard(self._capture.disarm)()
+        self._guard(self._disarm)()
+        self._ignored.clear()
 
     def _choose(self, batch: tuple[int, int], state: Tensor) -> Selection:
         """Which part of a micro-batch to keep, within the budgets of tokens and memory."""
@@ -222,7 +195,7 @@ class Monitor:
         """Accumulate one micro-batch."""
         step, device = self._current(), forward.states.device
         if step.sums is None:
-            step.sums = Accumulator(self.config, len(self.stream) + 1, step.number, device, self._drop_metric)
+            step.sums = Accumulator(self.config, self._layout, step.number, device, self._drop_metric)
         if device.type != "cuda":
             step.sums.add(forward, self._metrics)
             return
@@ -232,7 +205,7 @@ class Monitor:
         end.record()
         step.events.append((start, end))
 
-    def _current(self) -> _Step:
+    def _current(self) -> MeasuredStep:
         if self._step is None:
             raise RuntimeError("a hook ran outside of a monitored step")
         return self._step
@@ -240,78 +213,55 @@ class Monitor:
     def _disarm(self) -> None:
         self._capture.disarm()
         if self._step is not None:
-            self._step.ignored.update(self._capture.ignored)
+            self._ignored.update(self._capture.ignored)
 
     def _send(self) -> None:
-        """Start the copy of a step's results to the host."""
+        """End the step: its results leave the device."""
         step, self._step = self._step, None
+        ignored, self._ignored = self._ignored, Counter()
         if step is None or not self._enabled:
             return
-        if step.sums is None:
-            seen = ", ".join(f"{number} {what}" for what, number in step.ignored.items()) or "no forward at all"
-            self._warn(
-                f"recorded nothing on step {step.number}: expected a training-mode forward with gradients through "
-                f"'{self.stream.blocks[0].name}', saw {seen}. If the model is compiled, monitor it uncompiled; "
-                "if other blocks run, pass blocks=[...]",
-                key="recorded nothing",
-            )
+        if step.sums is not None:
+            self._delivery.send(step)
             return
-        scalars = [_mean(values, step.sums.flat.device) for values in step.scalars.values()]
-        values = torch.cat([step.sums.flat, *scalars])
-        if values.device.type == "cpu":
-            self._in_flight.append(_InFlight(step, values, None))
-        elif values.device.type == "cuda":
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            host.copy_(values, non_blocking=True)
-            ready = torch.cuda.Event()
-            ready.record()
-            self._in_flight.append(_InFlight(step, host, ready))
-        else:
-            self._in_flight.append(_InFlight(step, values.cpu(), None))
+        seen = ", ".join(f"{number} {what}" for what, number in ignored.items()) or "no forward at all"
+        self._warn(
+            f"recorded nothing on step {step.number}: expected a training-mode forward with gradients through "
+            f"'{self.stream.blocks[0].name}', saw {seen}. If the model is compiled, monitor it uncompiled; "
+            "if other blocks run, pass blocks=[...]",
+            key="recorded nothing",
+        )
 
     def _collect(self, *, wait: bool = False) -> None:
         """Turn what has arrived into snapshots, in order, and hand them to the sinks."""
-        while self._in_flight and (wait or self._in_flight[0].arrived()):
-            arrived = self._in_flight.popleft()
-            if arrived.ready is not None:
-                arrived.ready.synchronize()
-            snapshot = self._snapshot(arrived)
-            if snapshot is None:
+        for step, values in self._delivery.receive(wait=wait):
+            sums = self._layout.views(values[: self._layout.size])
+            if not self._masks_were_understood(step, sums):
                 continue
-            self.latest = snapshot
+            self.latest = step.snapshot(values, self._layout, self.stream.name, self._late_ms)
+            self._late_ms = 0.0
+            if self.latest.sequences == int(sums["short_sequences"]):
+                self._warn(
+                    f"expected sequences of at least 2 valid tokens, but none of {self.latest.sequences} on step "
+                    f"{step.number} is that long: similarity and CKA are NaN; look at the batch, its mask and "
+                    "skip_first_tokens",
+                    key="short",
+                )
             if not self._started:
                 self._started = True
                 self._sink.start(self.run)
-            self._sink.write(snapshot)
+            self._sink.write(self.latest)
 
-    def _snapshot(self, arrived: _InFlight) -> Snapshot | None:
-        step, layout = arrived.step, SumLayout(len(self.stream) + 1)
-        sums, scalars = arrived.values[: layout.size], arrived.values[layout.size :]
-        largest = int(layout.views(sums)["mask_max"])
+    def _masks_were_understood(self, step: MeasuredStep, sums: dict[str, Tensor]) -> bool:
+        """Whether masks that were read as padding on a GPU hold no document numbers."""
+        largest = int(sums["mask_max"])
         if largest > 1:
             self._warn(
                 f"left out step {step.number}: its mask holds document numbers up to {largest}, which a GPU run "
                 "cannot tell from padding without waiting; pass a boolean mask: monitor.step(k, mask=mask != 0)",
                 key="documents",
             )
-            return None
-        device_ms = sum(start.elapsed_time(end) for start, end in step.events)
-        snapshot = Snapshot.from_sums(
-            sums,
-            num_states=layout.num_states,
-            step=step.number,
-            stream=self.stream.name,
-            overhead_ms=step.host_ms + device_ms + self._late_ms,
-            scalars=dict(zip(step.scalars, scalars.tolist(), strict=True)),
-        )
-        self._late_ms = 0.0
-        if snapshot.sequences == int(layout.views(sums)["short_sequences"]):
-            self._warn(
-                f"expected sequences of at least 2 valid tokens, but none of {snapshot.sequences} on step {step.number} is "
-                "that long: similarity and CKA are NaN; look at the batch, its mask and skip_first_tokens",
-                key="short",
-            )
-        return snapshot
+        return largest <= 1
 
     def _guard(self, call: Callable[..., None]) -> Callable[..., None]:
         """`call`, timed, and with every exception turned into a warning and the end of monitoring."""
@@ -337,7 +287,7 @@ class Monitor:
         number = f" at step {self._step.number}" if self._step is not None else ""
         self._enabled = False
         self._step = None
-        self._in_flight.clear()
+        self._delivery.clear()
         self._capture.disarm()
         self._capture.buffer.release()
         self._warn(
@@ -350,25 +300,10 @@ class Monitor:
         self._warn(f"stopped measuring {metric!r}: {type(error).__name__}: {error}. The other metrics go on")
 
     def _warn(self, message: str, key: str | None = None) -> None:
-        """Warn once per `key`.
-
-        A warning that the user's filters turn into an exception must not reach the training loop.
-        """
-        if (key or message) in self._warned:
-            return
-        self._warned.add(key or message)
-        try:
-            warnings.warn(f"repflow {message}", RepflowWarning, stacklevel=2)
-        except RepflowWarning as warning:
-            print(f"{type(warning).__name__}: {warning}", file=sys.stderr)
-
-
-def _mean(values: list[int | float | Tensor], device: torch.device) -> Tensor:
-    """Mean of numbers and 0-d tensors as a vector of one, on `device`, without waiting for it."""
-    tensors = [
-        torch.as_tensor(value, dtype=torch.float64).to(device, non_blocking=True).reshape(()) for value in values
-    ]
-    return torch.stack(tensors).mean().reshape(1)
+        """Warn once per `key`."""
+        if (key or message) not in self._warned:
+            self._warned.add(key or message)
+            warn(message)
 
 
 def _describe(model: Module, stream: ResidualStream, config: MonitorConfig, name: str | None) -> RunInfo:

@@ -179,6 +179,8 @@ def test_resume_goes_on_in_the_same_run_file(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     checkpoint = ModelCheckpoint(tmp_path / "ckpt", save_last=True)
     fit(tmp_path, RepresentationMonitor(every_n_steps=2), checkpoint, max_epochs=1)
+    (path,) = Path("repflow-runs").glob("*.db")
+    monkeypatch.setattr("repflow.monitor.monitor.datetime", None)  # a new name cannot be made up
     resumed = RepresentationMonitor(every_n_steps=2)
     fit(tmp_path, resumed, max_epochs=3, ckpt_path=tmp_path / "ckpt" / "last.ckpt")
     (path,) = Path("repflow-runs").glob("*.db")

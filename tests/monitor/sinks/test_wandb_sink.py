@@ -13,8 +13,7 @@ from repflow.monitor.sinks._keys import scalar_items
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
+def offline(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_CONSOLE", "off")
@@ -50,8 +49,8 @@ class Log:
         ]
 
 
-def test_a_run_of_its_own_is_read_back(synthetic):
-    sink = WandbSink(project="try")
+def test_a_run_of_its_own_is_read_back(tmp_path, synthetic):
+    sink = WandbSink(project="try", dir=tmp_path)
     sink.start(synthetic.make_run(name="org/model"))
     run = wandb.run
     assert run is not None
@@ -76,8 +75,8 @@ def test_a_run_of_its_own_is_read_back(synthetic):
     assert (run_record["project"], run_record["display_name"]) == ("try", "org/model")
 
 
-def test_an_image_shows_the_matrix(synthetic):
-    run = wandb.init(project="try")
+def test_an_image_shows_the_matrix(tmp_path, synthetic):
+    run = wandb.init(project="try", dir=tmp_path)
     sink = WandbSink(run)
     sink.start(synthetic.make_run())
     sink.write(synthetic.make_snapshot(7))
@@ -93,8 +92,8 @@ def test_an_image_shows_the_matrix(synthetic):
     assert tuple(pixels[-1, 0]) == (0xFD, 0xE7, 0x25)  # CKA of state 0 with itself is 1
 
 
-def test_the_users_run_keeps_its_step_its_metrics_and_its_life(synthetic):
-    run = wandb.init(project="try")
+def test_the_users_run_keeps_its_step_its_metrics_and_its_life(tmp_path, synthetic):
+    run = wandb.init(project="try", dir=tmp_path)
     run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)  # as Lightning's logger does
     sink = WandbSink(states=[0, -1], heatmaps=False)
@@ -121,8 +120,8 @@ def test_the_users_run_keeps_its_step_its_metrics_and_its_life(synthetic):
     assert not log.images
 
 
-def test_images_are_thinned_out(synthetic):
-    sink = WandbSink(max_images=12)
+def test_images_are_thinned_out(tmp_path, synthetic):
+    sink = WandbSink(max_images=12, dir=tmp_path)
     sink.start(synthetic.make_run())
     run = wandb.run
     for step in range(30):
@@ -135,7 +134,7 @@ def test_images_are_thinned_out(synthetic):
 
 def test_the_run_file_is_saved_while_it_is_still_open(tmp_path, synthetic):
     run_file = RunFileSink(tmp_path / "a.db")
-    sink = WandbSink(heatmaps=False, run_file=run_file)
+    sink = WandbSink(heatmaps=False, run_file=run_file, dir=tmp_path)
     for each in (run_file, sink):
         each.start(synthetic.make_run())
     run = wandb.run

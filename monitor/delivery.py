@@ -1,0 +1,87 @@
+"""From the device to the host without waiting: results leave when a step ends and are picked up on a later one."""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from repflow.monitor.accumulator import Accumulator
+from repflow.monitor.snapshot import Snapshot, SumLayout
+
+
+@dataclass(eq=False)
+class MeasuredStep:
+    """A sampled step, while it is being recorded and until its results have arrived."""
+
+    number: int
+    """The optimizer step."""
+    sums: Accumulator | None = None
+    """None until its first micro-batch."""
+    scalars: dict[str, list[int | float | Tensor]] = field(default_factory=dict)
+    """What the training loop logged: several values of a name are averaged."""
+    host_ms: float = 0.0
+    """Time that the monitor's own code took on the host."""
+    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+    """Before and after each piece of the monitor's work on a GPU."""
+
+    def overhead_ms(self) -> float:
+        """Time spent, on the host and on the device. Only after the results have arrived."""
+        return self.host_ms + sum(start.elapsed_time(end) for start, end in self.events)
+
+    def snapshot(self, values: Float64[Tensor, " n"], layout: SumLayout, stream: str, extra_ms: float) -> Snapshot:
+        """The snapshot of the step, from the `values` that arrived."""
+        return Snapshot.from_sums(
+            values[: layout.size],
+            num_states=layout.num_states,
+            step=self.number,
+            stream=stream,
+            overhead_ms=self.overhead_ms() + extra_ms,
+            scalars=dict(zip(self.scalars, values[layout.size :].tolist(), strict=True)),
+        )
+
+
+class Delivery:
+    """Steps whose results are on their way, in order."""
+
+    def __init__(self) -> None:
+        self._queue: deque[tuple[MeasuredStep, Tensor, torch.cuda.Event | None]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def send(self, step: MeasuredStep) -> None:
+        """Start the copy of the sums and scalars of a step to the host."""
+        assert step.sums is not None
+        flat = step.sums.flat
+        values = torch.cat([flat, *(_mean(numbers, flat.device) for numbers in step.scalars.values())])
+        ready = None
+        if values.device.type == "cuda":
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values = host.copy_(values, non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record()
+        self._queue.append((step, values.cpu(), ready))
+
+    def receive(self, *, wait: bool = False) -> Iterator[tuple[MeasuredStep, Tensor]]:
+        """The steps that have arrived, each with its sums and then its scalars; with `wait`, all of them."""
+        while self._queue:
+            step, values, ready = self._queue[0]
+            if ready is not None:
+                if not wait and not ready.query():
+                    return
+                ready.synchronize()
+            self._queue.popleft()
+            yield step, values
+
+    def clear(self) -> None:
+        """Forget what has not arrived."""
+        self._queue.clear()
+
+
+def _mean(numbers: list[int | float | Tensor], device: torch.device) -> Float64[Tensor, " 1"]:
+    """Mean of numbers and tensors of one element, on `device`, without waiting for it."""
+    values = [torch.as_tensor(x, dtype=torch.float64).to(device, non_blocking=True).reshape(()) for x in numbers]
+    return torch.stack(values).mean().reshape(1)
