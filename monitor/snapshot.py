@@ -82,19 +82,41 @@ class SumLayout:
         """An empty vector of sums."""
         return torch.zeros(self.size, dtype=torch.float64, device=device)
 
-    def views(self, flat: Float64[Tensor, " size"]) -> dict[str, Tensor]:
+    def views(self, flat: Float64[Tensor, "*batch size"]) -> dict[str, Tensor]:
         """The named sums as views into `flat`: writing to one writes to the vector."""
-        if flat.shape != (self.size,):
+        if flat.shape[-1:] != (self.size,):
             raise ValueError(
-                f"`SumLayout.views`: expected a vector of {self.size} sums for {self.num_states} states, "
+                f"`SumLayout.views`: expected vectors of {self.size} sums for {self.num_states} states, "
                 f"got shape {tuple(flat.shape)}"
             )
         bounds = [0]
         for shape in self.shapes.values():
             bounds.append(bounds[-1] + prod(shape))
         return {
-            name: flat[start:end].view(shape)
+            name: flat[..., start:end].unflatten(-1, shape) if shape else flat[..., start]
             for (name, shape), (start, end) in zip(self.shapes.items(), pairwise(bounds), strict=True)
+        }
+
+    def values(self, flat: Float64[Tensor, "*batch size"]) -> dict[str, Tensor]:
+        """Everything that is divided out of the sums, under the names and in the shapes of `Snapshot`."""
+        part = self.views(flat)
+        return {
+            "tokens": part["tokens"].long(),
+            "sequences": part["sequences"].long(),
+            "inter_token": _ratio(part["inter_token"], part["inter_token_groups"]),
+            "update_inter_token": _ratio(part["update_inter_token"], part["update_inter_token_groups"]),
+            "adjacent": _ratio(part["adjacent"], part["adjacent_count"]),
+            "norms": _ratio(part["norms"], part["norms_count"]),
+            "v_loc": _ratio(part["local_variance"].sum(-1), part["local_variance_count"].sum(-1)),
+            "v_glob": _ratio(part["global_variance"], part["global_variance_count"]),
+            "local_variance": _ratio(part["local_variance"], part["local_variance_count"]),
+            "v_loc_rel": _ratio(part["local_variance_relative"], part["relative_count"]),
+            "v_glob_rel": _ratio(part["global_variance_relative"], part["relative_count"]),
+            "cka": cka_from_hsic(part["hsic"]),
+            "hsic_top_token": _ratio(part["fourth_moment_max"], part["fourth_moment"]),
+            "adjacent_tokens": _ratio(part["adjacent_tokens"], part["adjacent_tokens_count"]),
+            "nonfinite": part["nonfinite"].long(),
+            "zero": part["zero"].long(),
         }
 
     def merge_(self, into: Float64[Tensor, " size"], other: Float64[Tensor, " size"]) -> None:
@@ -213,29 +235,16 @@ class Snapshot:
         scalars: Mapping[str, float] | None = None,
     ) -> "Snapshot":
         """Divide the sums of a step, or of several steps merged by `SumLayout.merge_`."""
-        part = SumLayout(num_states).views(sums)
+        values: dict[str, Any] = SumLayout(num_states).values(sums)
+        counts = {name: int(values.pop(name)) for name in ("tokens", "sequences")}
         return cls(
             step=step,
             stream=stream,
-            tokens=int(part["tokens"]),
-            sequences=int(part["sequences"]),
-            inter_token=_ratio(part["inter_token"], part["inter_token_groups"]),
-            update_inter_token=_ratio(part["update_inter_token"], part["update_inter_token_groups"]),
-            adjacent=_ratio(part["adjacent"], part["adjacent_count"]),
-            norms=_ratio(part["norms"], part["norms_count"]),
-            v_loc=_ratio(part["local_variance"].sum(), part["local_variance_count"].sum()),
-            v_glob=_ratio(part["global_variance"], part["global_variance_count"]),
-            local_variance=_ratio(part["local_variance"], part["local_variance_count"]),
-            v_loc_rel=_ratio(part["local_variance_relative"], part["relative_count"]),
-            v_glob_rel=_ratio(part["global_variance_relative"], part["relative_count"]),
-            cka=cka_from_hsic(part["hsic"]),
-            hsic_top_token=_ratio(part["fourth_moment_max"], part["fourth_moment"]),
-            adjacent_tokens=_ratio(part["adjacent_tokens"], part["adjacent_tokens_count"]),
-            nonfinite=part["nonfinite"].long(),
-            zero=part["zero"].long(),
             overhead_ms=overhead_ms,
             scalars=dict(scalars or {}),
             sums=sums,
+            **counts,
+            **values,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -16,8 +16,8 @@ FILES = sorted(
 
 # A unit is a module or folder of the monitor. It may import the units of its own tier and of those above it here.
 TIERS = (
-    {"config", "functional", "residual_stream", "sampling", "snapshot"},
-    {"accumulator", "capture", "metrics", "positions", "signatures"},
+    {"config", "functional", "residual_stream", "sampling", "snapshot", "warning"},
+    {"accumulator", "capture", "delivery", "metrics", "positions", "signatures"},
     {"sinks"},
     {"monitor"},
     {"demo", "offline", "report", "theory"},

@@ -8,8 +8,8 @@ from repflow.monitor.snapshot import RunInfo, Snapshot
 class AbstractSink(ABC):
     """Receives the snapshots of one run, on the training thread.
 
-    A sink may raise: the monitor warns once, drops this sink, and training goes on. Slow work belongs in a thread of the
-    sink's own; what it fails at there is raised by the next call.
+    A sink may raise: the monitor warns once, drops this sink, and training goes on. Slow work belongs in a thread of
+    the sink's own; what it fails at there is raised by the next call.
     """
 
     @abstractmethod
@@ -21,7 +21,8 @@ class AbstractSink(ABC):
         """Called for each snapshot, in the order of its steps."""
 
     def flush(self) -> None:
-        """Wait until everything written so far is where it belongs."""
+        """Wait until everything written so far is where it belongs; nothing to do for a sink that writes at once."""
+        return None
 
     @abstractmethod
     def close(self) -> None:

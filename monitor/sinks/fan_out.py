@@ -1,11 +1,11 @@
 """Several sinks as one."""
 
-import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from repflow.monitor.sinks._base import AbstractSink
 from repflow.monitor.snapshot import RunInfo, Snapshot
+from repflow.monitor.warning import warn
 
 
 class FanOutSink(AbstractSink):
@@ -61,11 +61,9 @@ class FanOutSink(AbstractSink):
                 with suppress(Exception):  # what it failed at has been said
                     sink.close()
                 failed.append((sink, error))
-        for sink, error in failed:  # only now, since a filter may turn warnings into errors
-            warnings.warn(
-                f"repflow: {type(sink).__name__} failed and gets nothing more of this run; training and "
+        for sink, error in failed:
+            warn(
+                f"{type(sink).__name__} failed and gets nothing more of this run; training and "
                 f"{len(self._live)} other sinks go on. To have it back, mend the cause and start the run again. "
-                f"{type(error).__name__}: {error}",
-                RuntimeWarning,
-                stacklevel=4,
+                f"{type(error).__name__}: {error}"
             )

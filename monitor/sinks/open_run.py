@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 from repflow.monitor.sinks._reading import RunFile, read_run_file
 from repflow.monitor.sinks._schema import Record, RunFileError
-from repflow.monitor.snapshot import POSITION_BINS, RunInfo, Snapshot, SumLayout
+from repflow.monitor.snapshot import POSITION_BINS, RunInfo, SumLayout
 
 if TYPE_CHECKING:
     import xarray
@@ -70,8 +73,7 @@ def open_run(path: str | os.PathLike[str], *, window: int = 1, attempt: int | No
     file = read_run_file(path)
     number, records = _latest(path, file) if attempt is None else (attempt, _only(path, file, attempt))
     run = file.attempts[number]
-    windows = [records[start : start + window] for start in range(0, len(records), window)]
-    return _dataset(run, number, windows)
+    return _dataset(run, number, [records[start : start + window] for start in range(0, len(records), window)])
 
 
 def _only(path: Path, file: RunFile, attempt: int) -> list[Record]:
@@ -108,25 +110,25 @@ def _of(file: RunFile, attempt: int) -> list[Record]:
     return sorted((record for record in file.records if record.attempt == attempt), key=lambda record: record.step)
 
 
-def _merge(window: Sequence[Record], run: RunInfo) -> tuple[Snapshot, float]:
-    """The snapshot of a window, and its time."""
-    layout = SumLayout(run.num_states)
+def _merge(window: Sequence[Record], layout: SumLayout) -> Tensor:
+    """The sums of a window."""
     sums = window[0].tensor()
     for record in window[1:]:
         layout.merge_(sums, record.tensor())
-    scalars: dict[str, list[float]] = {}
-    for record in window:
-        for name, value in json.loads(record.scalars).items():
-            scalars.setdefault(name, []).append(value)
-    snapshot = Snapshot.from_sums(
-        sums,
-        num_states=run.num_states,
-        step=window[-1].step,
-        stream=run.stream,
-        overhead_ms=float(np.mean([record.overhead_ms for record in window])),
-        scalars={name: float(np.mean(values)) for name, values in scalars.items()},
-    )
-    return snapshot, window[-1].written
+    return sums
+
+
+def _scalars(windows: Sequence[Sequence[Record]]) -> dict[str, np.ndarray]:
+    """What the training loop logged: the mean over each window, NaN where it has none."""
+    scalars: dict[str, np.ndarray] = {}
+    for row, window in enumerate(windows):
+        logged: dict[str, list[float]] = {}
+        for record in window:
+            for name, value in json.loads(record.scalars).items():
+                logged.setdefault(name, []).append(value)
+        for name, values in logged.items():
+            scalars.setdefault(name, np.full(len(windows), np.nan))[row] = np.mean(values)
+    return scalars
 
 
 def _dataset(run: RunInfo, attempt: int, windows: Sequence[Sequence[Record]]) -> "xarray.Dataset":
@@ -134,36 +136,23 @@ def _dataset(run: RunInfo, attempt: int, windows: Sequence[Sequence[Record]]) ->
 
     steps = np.array([window[-1].step for window in windows], dtype=np.int64)
     coords = _coords(run) | {"step": ("step", steps, {"long_name": "optimizer step", "units": "1"})}
-    sizes = {"state": run.num_states, "state_b": run.num_states, "position": POSITION_BINS}
-    sizes["transition"] = run.num_states - 1
-    arrays = {
-        name: np.empty((len(windows), *(sizes[dim] for dim in dims)), dtype)
-        for name, (dims, dtype, _, _) in _VARIABLES.items()
-    }
-    scalars: dict[str, np.ndarray] = {}
-    for row, window in enumerate(windows):
-        snapshot, written = _merge(window, run)
-        for name, array in arrays.items():
-            array[row] = written if name == "time" else _value(snapshot, name)
-        for name, value in snapshot.scalars.items():
-            scalars.setdefault(name, np.full(len(windows), np.nan))[row] = value
+    layout = SumLayout(run.num_states)
+    sums = [_merge(window, layout) for window in windows]
+    values = layout.values(torch.stack(sums) if sums else layout.zeros().expand(0, -1))
+    # interior states only: NaN at both ends
+    ends = run.num_states - values["local_variance"].shape[-1]
+    values["local_variance"] = pad(values["local_variance"], (min(ends, 1), max(ends - 1, 0)), value=np.nan)
+    arrays = {name: value.numpy() for name, value in values.items()}
+    arrays["overhead_ms"] = np.array([np.mean([record.overhead_ms for record in window]) for window in windows])
+    arrays["time"] = np.array([window[-1].written for window in windows])
     variables: dict[str, Any] = {
-        name: (("step", *dims), arrays[name], {"long_name": long_name, "units": units})
-        for name, (dims, _, long_name, units) in _VARIABLES.items()
+        name: (("step", *dims), arrays[name].astype(dtype, copy=False), {"long_name": long_name, "units": units})
+        for name, (dims, dtype, long_name, units) in _VARIABLES.items()
     }
-    for name, array in scalars.items():
+    for name, array in _scalars(windows).items():
         free = f"scalar_{name}" if name in variables or name in coords else name
         variables[free] = ("step", array, {"long_name": f"{name}, as the training loop logged it", "units": "1"})
     return xarray.Dataset(variables, coords, _attrs(run, attempt))
-
-
-def _value(snapshot: Snapshot, name: str) -> Any:
-    """The value of a variable at one step."""
-    value = getattr(snapshot, name)
-    if name == "local_variance":  # interior states only
-        ends = len(snapshot.inter_token) - len(value)
-        return np.pad(value.numpy(), (min(ends, 1), max(ends - 1, 0)), constant_values=np.nan)
-    return value if isinstance(value, int | float) else value.numpy()
 
 
 def _coords(run: RunInfo) -> dict[str, Any]:

@@ -441,7 +441,7 @@ def test_sums_merge_by_addition_and_maxima_by_maximum() -> None:
     for name in parts:
         expected = torch.maximum(of_a[name], of_b[name]) if name in layout.MAXIMA else of_a[name] + of_b[name]
         assert torch.equal(parts[name], expected), name
-    with pytest.raises(ValueError, match=f"expected a vector of {layout.size} sums for 3 states, got shape"):
+    with pytest.raises(ValueError, match=f"expected vectors of {layout.size} sums for 3 states, got shape"):
         layout.views(a[1:])
 
 
