@@ -28,7 +28,7 @@ ENGINE = {"monitor"}
 GATHERED = ("Monitor", "MonitorConfig", "ResidualStream", "Snapshot", "find_residual_stream", "open_run")
 # Units that know less than their tier: a sink is given snapshots, and the report reads run files only.
 KNOWS_ONLY = {
-    "sinks": ("monitor.sinks", "monitor.snapshot"),
+    "sinks": ("monitor.sinks", "monitor.snapshot", "monitor.warning"),
     "report": ("monitor.report", "monitor.snapshot", "monitor.sinks.open_run"),
 }
 # What anything but the kernels may know of the distribution itself.
