@@ -105,7 +105,8 @@ class _Hook:
     call: Callable[..., None] | None
 
     def __call__(self, *args: Any) -> None:
-        if self.call is not None:
+        # A compiler that traces the model must find nothing here to trace.
+        if self.call is not None and not torch.compiler.is_compiling():
             self.call(*args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":

@@ -31,8 +31,8 @@ KNOWS_ONLY = {
     "sinks": ("monitor.sinks", "monitor.snapshot", "monitor.warning"),
     "report": ("monitor.report", "monitor.snapshot", "monitor.sinks.open_run"),
 }
-# What anything but the kernels may know of the distribution itself.
-COMMON = ("__version__", "_imports")
+# What anything but the kernels may know: of the distribution itself, and how to warn.
+COMMON = ("__version__", "_imports", "monitor.warning")
 # The one exception: the demo is a user of its own library.
 DEMO_KNOWS = ("callbacks", "lightning")
 

@@ -50,7 +50,7 @@ class DemoModel:
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
-        "small": Recipe(sequence=256, batch=8, steps=150, quick_steps=30, learning_rate=3e-3),
+        "small": Recipe(sequence=256, batch=8, steps=120, quick_steps=24, learning_rate=3e-3),
         "medium": Recipe(sequence=512, batch=16, steps=600, quick_steps=100, learning_rate=1e-3),
         "large": Recipe(sequence=512, batch=16, steps=600, quick_steps=100, learning_rate=5e-4),
     }
@@ -112,8 +112,8 @@ MODELS: Mapping[str, tuple[DemoModel, ...]] = MappingProxyType(
     {
         "small": (  # 1.4 – 1.7 M parameters
             _transformer(width=128, blocks=8, heads=4),
-            _ssm(width=160, blocks=8, head=32, state=32),
-            _hybrid(width=128, blocks=8, heads=4, attention=(2, 6), head=32, state=32),
+            _ssm(width=160, blocks=8, head=80, state=32),
+            _hybrid(width=128, blocks=8, heads=4, attention=(2, 6), head=64, state=32),
         ),
         "medium": (  # about 30 M
             _transformer(width=512, blocks=10, heads=8),

@@ -28,13 +28,11 @@ def tiny_models() -> list[DemoModel]:
     """The three families with three blocks of width 32."""
     transformer, ssm, hybrid = MODELS["small"]
     size = {"hidden_size": 32, "num_hidden_layers": 3}
+    heads = {"mamba_n_heads": 2, "mamba_d_head": 32, "mamba_d_state": 8}
     return [
         replace(transformer, settings=dict(transformer.settings) | size | {"intermediate_size": 64}),
-        replace(ssm, settings=dict(ssm.settings) | size | {"num_heads": 2, "state_size": 8}),
-        replace(
-            hybrid,
-            settings=dict(hybrid.settings) | size | {"attn_layer_indices": [1], "mamba_n_heads": 2, "mamba_d_state": 8},
-        ),
+        replace(ssm, settings=dict(ssm.settings) | size | {"num_heads": 2, "head_dim": 32, "state_size": 8}),
+        replace(hybrid, settings=dict(hybrid.settings) | size | heads | {"attn_layer_indices": [1]}),
     ]
 
 
