@@ -7,11 +7,11 @@ import pickle
 import pytest
 import torch
 import transformers
-from tests.monitor import toy
 from torch import nn
 
 from repflow.monitor import Monitor, MonitorConfig
 from repflow.monitor.functional import adjacent_layer_similarity, inter_token_similarity
+from tests.monitor import toy
 
 
 def hooks(model: nn.Module) -> int:

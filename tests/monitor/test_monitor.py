@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tests.monitor import toy
 from torch import nn
 
 from repflow.monitor import (
@@ -25,6 +24,7 @@ from repflow.monitor.functional import layer_local_variance
 from repflow.monitor.sinks import AbstractSink
 from repflow.monitor.snapshot import SumLayout
 from repflow.triton_kernels import depth_statistics, hsic_statistics, pairwise_hsic
+from tests.monitor import toy
 
 
 class ListSink(AbstractSink):

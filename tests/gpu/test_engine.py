@@ -1,0 +1,175 @@
+"""The engine on a GPU: the same numbers as on the CPU, without waiting, and without a trace in the training run."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from repflow.monitor import Monitor, MonitorConfig, Snapshot
+from tests.monitor import toy
+
+DEVICE = torch.device("cuda")
+
+
+@pytest.fixture
+def syncs_are_errors():
+    """Every operation that waits for the device raises while this is on."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def snapshot_of(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, **options) -> Snapshot:
+    monitor = Monitor(model, MonitorConfig(every_n_steps=1, **options))
+    with monitor.step(0):
+        toy.loss_of(model, ids, mask).backward()
+    monitor.flush()
+    assert monitor.latest is not None
+    return monitor.latest
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_same_numbers_as_on_the_cpu(masked) -> None:
+    """Float32 states of the two devices differ by rounding, 2⁻²⁴ relative and a few of them over four blocks."""
+    model = toy.Toy(blocks=4, width=64)
+    for block in model.blocks:
+        block.dropout.p = 0.0
+    ids = toy.batch(6, 40)
+    mask = torch.ones_like(ids) if masked else None
+    if mask is not None:
+        mask[0, 30:] = 0
+        mask[3, :11] = 0
+    expected = snapshot_of(model, ids, mask)
+    model.to(DEVICE)
+    got = snapshot_of(model, ids.to(DEVICE), mask.to(DEVICE) if mask is not None else None)
+    assert (got.tokens, got.sequences) == (expected.tokens, expected.sequences)
+    for name in ("inter_token", "update_inter_token", "adjacent", "norms", "v_loc", "v_glob", "v_loc_rel", "cka"):
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["none", "bool", "int"])
+@pytest.mark.parametrize("budget", [8192, 100])
+def test_nothing_waits_on_the_training_path(kind, budget, syncs_are_errors) -> None:
+    model = toy.Toy(blocks=4, width=64).to(DEVICE)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    ids = toy.batch(6, 40).pin_memory().to(DEVICE, non_blocking=True)
+    mask = {"none": None, "bool": torch.ones_like(ids, dtype=torch.bool), "int": torch.ones_like(ids)}[kind]
+    monitor = Monitor(model, MonitorConfig(every_n_steps=2, max_tokens=budget, skip_first_tokens=1))
+    for step in range(6):
+        with monitor.step(step):
+            loss = toy.loss_of(model, ids, mask)
+            loss.backward()
+        monitor.log(loss=loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        monitor.publish()
+    assert monitor.enabled
+    torch.cuda.set_sync_debug_mode("default")
+    monitor.flush()
+    assert monitor.latest is not None and monitor.latest.step == 4 and monitor.latest.inter_token.isfinite().all()
+    assert monitor.latest.overhead_ms > 0 and monitor.latest.scalars["loss"] > 0
+
+
+def test_results_are_picked_up_on_a_later_step() -> None:
+    model = toy.Toy().to(DEVICE)
+    monitor = Monitor(model, MonitorConfig(every_n_steps=4))
+    ids = toy.batch().to(DEVICE)
+    with monitor.step(0):
+        toy.loss_of(model, ids).backward()
+    monitor.publish()
+    torch.cuda.synchronize()
+    with monitor.step(1):
+        pass
+    assert monitor.latest is not None and monitor.latest.step == 0
+
+
+def test_document_numbers_on_the_device_are_left_out_and_said() -> None:
+    model = toy.Toy().to(DEVICE)
+    monitor = Monitor(model, MonitorConfig(every_n_steps=1))
+    ids = toy.batch().to(DEVICE)
+    documents = (torch.arange(12, device=DEVICE) // 6 + 1).repeat(4, 1)
+    with monitor.step(0):
+        toy.loss_of(model, ids, documents).backward()
+    with pytest.warns(RuntimeWarning, match="left out step 0: its mask holds document numbers up to 2"):
+        monitor.flush()
+    assert monitor.latest is None and monitor.enabled
+
+
+def run(monitored: bool, family: str) -> tuple[list[float], torch.Tensor, list[torch.Tensor]]:
+    torch.manual_seed(0)
+    options: dict[str, Any] = dict(
+        vocab_size=64, hidden_size=64, num_hidden_layers=4, bos_token_id=0, eos_token_id=0, pad_token_id=0
+    )
+    if family == "GPTNeoX":
+        config = transformers.GPTNeoXConfig(
+            num_attention_heads=4, intermediate_size=96, hidden_dropout=0.1, attention_dropout=0.1, **options
+        )
+        model = transformers.GPTNeoXForCausalLM(config)
+    else:
+        config = transformers.Mamba2Config(
+            num_heads=8, head_dim=16, state_size=16, n_groups=1, chunk_size=16, **options
+        )
+        model = transformers.Mamba2ForCausalLM(config)
+    model = model.to(DEVICE, torch.bfloat16).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    monitor = Monitor(model, MonitorConfig(every_n_steps=2, max_tokens=70)) if monitored else None
+    losses = []
+    for step in range(6):
+        ids = torch.randint(0, 64, (4, 32), device=DEVICE)
+        if monitor is None:
+            losses.append(model(input_ids=ids, labels=ids).loss)
+            losses[-1].backward()
+        else:
+            with monitor.step(step):
+                losses.append(model(input_ids=ids, labels=ids).loss)
+                losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if monitor is not None:
+        monitor.close()
+        assert monitor.latest is not None and monitor.latest.cka.isfinite().all()
+    return [loss.item() for loss in losses], torch.cuda.get_rng_state(), [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("family", ["GPTNeoX", "Mamba2"])
+def test_training_is_bit_identical(family) -> None:
+    bare, again, watched = run(False, family), run(False, family), run(True, family)
+    for other in (again, watched):
+        assert other[0] == bare[0] and torch.equal(other[1], bare[1])
+        assert all(torch.equal(a, b) for a, b in zip(bare[2], other[2], strict=True))
+
+
+def test_memory_is_the_buffer_and_little_more() -> None:
+    """Beyond the buffer: float64 chunks of the reference, bounded whatever the model's size."""
+    model = toy.Toy(blocks=12, width=1024).to(DEVICE)
+    ids = toy.batch(4, 1024).to(DEVICE)
+    toy.loss_of(model, ids).backward()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    toy.loss_of(model, ids).backward()
+    bare = torch.cuda.max_memory_allocated()
+    monitor = Monitor(model, MonitorConfig(every_n_steps=1))
+    torch.cuda.reset_peak_memory_stats()
+    with monitor.step(0):
+        toy.loss_of(model, ids).backward()
+    monitor.flush()
+    buffer = 13 * 4 * 1024 * 1024 * 4
+    extra = torch.cuda.max_memory_allocated() - bare
+    assert extra < buffer + 512 * 2**20, extra / 2**20
+    monitor.close()
+    assert torch.cuda.memory_allocated() <= bare
+
+
+def test_out_of_memory_is_the_monitors_own_trouble() -> None:
+    model = toy.Toy(blocks=4, width=1024).to(DEVICE)
+    ids = toy.batch(8, 1024).to(DEVICE)
+    toy.loss_of(model, ids).backward()  # what training needs is in the allocator's cache
+    monitor = Monitor(model, MonitorConfig(every_n_steps=1, max_tokens=10**6, max_memory_mib=10**6))
+    held = torch.empty(torch.cuda.mem_get_info()[0] - 64 * 2**20, dtype=torch.uint8, device=DEVICE)
+    with pytest.warns(RuntimeWarning, match="stopped monitoring at step 0: OutOfMemoryError"), monitor.step(0):
+        loss = toy.loss_of(model, ids)
+        loss.backward()
+    del held
+    assert loss.isfinite() and not monitor.enabled
