@@ -1,7 +1,6 @@
 """`Monitor`: joins stream, capture, statistics and sinks, and keeps their troubles away from the training run."""
 
 import functools
-import importlib.metadata
 import operator
 import platform
 import sys
@@ -309,7 +308,7 @@ class Monitor:
 def _describe(model: Module, stream: ResidualStream, config: MonitorConfig, name: str | None) -> RunInfo:
     model_class = type(model).__name__
     packages = ("torch", "transformers", "lightning", "pytorch_lightning", "wandb")
-    loaded = {package: importlib.metadata.version(package) for package in packages if package in sys.modules}
+    loaded = {package: str(sys.modules[package].__version__) for package in packages if package in sys.modules}
     return RunInfo(
         name=name or f"{model_class}-{datetime.now():%Y%m%d-%H%M%S}",
         stream=stream.name,
