@@ -28,8 +28,8 @@ class MeasuredStep:
     """Before and after each piece of the monitor's work on a GPU."""
 
     def overhead_ms(self) -> float:
-        """Time spent, on the host and on the device. Only after the results have arrived."""
-        return self.host_ms + sum(start.elapsed_time(end) for start, end in self.events)
+        """Time spent on the host or on the device, whichever is more: they overlap. Only after the results arrived."""
+        return max(self.host_ms, sum(start.elapsed_time(end) for start, end in self.events))
 
     def snapshot(self, values: Float64[Tensor, " n"], layout: SumLayout, stream: str, extra_ms: float) -> Snapshot:
         """The snapshot of the step, from the `values` that arrived."""

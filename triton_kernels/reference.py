@@ -11,7 +11,10 @@ from torch import Tensor
 from repflow.triton_kernels.groups import Groups
 
 _CHUNK_BYTES = 4 * 2**20
-"""Size of a float64 working chunk: large enough to amortise the calls, small enough to go unnoticed beside a model."""
+"""Size of a float64 working chunk on a CPU: large enough to amortise the calls, small enough for its caches."""
+
+_DEVICE_CHUNK_BYTES = 128 * 2**20
+"""The same on a GPU, where a call costs more and memory is nearer."""
 
 _GRAM_BYTES = 64 * 2**20
 """Size of the Gram rows of all states that are held at once."""
@@ -125,7 +128,8 @@ def _finite_tokens(flat: Tensor) -> Tensor:
 def _token_chunks(flat: Tensor) -> list[slice]:
     """Slices of the tokens of `flat [S, N, D]` whose states fill one working chunk."""
     num_states, tokens, features = flat.shape
-    step = max(1, _CHUNK_BYTES // (8 * num_states * features))
+    chunk = _CHUNK_BYTES if flat.device.type == "cpu" else _DEVICE_CHUNK_BYTES
+    step = max(1, chunk // (8 * num_states * features))
     return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 
 

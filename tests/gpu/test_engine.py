@@ -114,7 +114,7 @@ def run(monitored: bool, family: str) -> tuple[list[float], torch.Tensor, list[t
             num_heads=8, head_dim=16, state_size=16, n_groups=1, chunk_size=16, **options
         )
         model = transformers.Mamba2ForCausalLM(config)
-    model.to(device=DEVICE, dtype=torch.bfloat16).train()  # pyright: ignore[reportArgumentType]
+    torch.nn.Module.to(model, DEVICE, torch.bfloat16).train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     monitor = Monitor(model, MonitorConfig(every_n_steps=2, max_tokens=70)) if monitored else None
     losses = []
