@@ -13,7 +13,7 @@ from repflow.triton_kernels.groups import Groups
 _CHUNK_BYTES = 4 * 2**20
 """Size of a float64 working chunk on a CPU: large enough to amortise the calls, small enough for its caches."""
 
-_DEVICE_CHUNK_BYTES = 128 * 2**20
+_DEVICE_CHUNK_BYTES = 64 * 2**20
 """The same on a GPU, where a call costs more and memory is nearer."""
 
 _GRAM_BYTES = 64 * 2**20
