@@ -133,6 +133,7 @@ class Monitor:
             yield
         except BaseException:
             self._step = None
+            self._ignored.clear()
             raise
         finally:
             self._guard(self._disarm)()
