@@ -50,7 +50,7 @@ class DemoModel:
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
-        "small": Recipe(sequence=256, batch=8, steps=120, quick_steps=24, learning_rate=3e-3),
+        "small": Recipe(sequence=256, batch=8, steps=120, quick_steps=22, learning_rate=3e-3),
         "medium": Recipe(sequence=512, batch=16, steps=600, quick_steps=100, learning_rate=1e-3),
         "large": Recipe(sequence=512, batch=16, steps=600, quick_steps=100, learning_rate=5e-4),
     }
