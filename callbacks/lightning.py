@@ -50,7 +50,7 @@ class RepresentationMonitor(Callback):
         self,
         config: MonitorConfig | None = None,
         *,
-        sinks: Sequence[AbstractSink] | None = None,
+        sinks: AbstractSink | Sequence[AbstractSink] | None = None,
         blocks: str | Sequence[Module] | None = None,
         stream: str | None = None,
         name: str | None = None,
@@ -58,15 +58,20 @@ class RepresentationMonitor(Callback):
         **options: Any,
     ) -> None:
         self.config = MonitorConfig.from_options(config, options)
+        if log_states not in ("auto", "all") and (isinstance(log_states, str) or not isinstance(log_states, Sequence)):
+            raise ValueError(
+                f'`RepresentationMonitor`: expected log_states="auto", "all" or state numbers, got {log_states!r}'
+            )
         self.monitor: Monitor | None = None
         """The engine, from the start of fitting on."""
-        self._sinks = sinks
+        self._sinks = [sinks] if isinstance(sinks, AbstractSink) else sinks
         self._blocks = blocks
         self._stream = stream
         self._name = name
-        self._run_name = name  # found out when fitting starts, or in the checkpoint of a resumed run
+        self._resumed_name: str | None = None  # of the run whose checkpoint is being continued
         self._log_states: StateChoice = log_states
         self._open: AbstractContextManager[None] | None = None
+        self._scalars = _CallbackMetricsSink()
 
     @property
     def state_key(self) -> str:
@@ -77,14 +82,23 @@ class RepresentationMonitor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the blocks. `setup` would be too early: models may only be built after it."""
         self._close()
-        sinks: list[AbstractSink] = [_CallbackMetricsSink(trainer)]
-        if trainer.is_global_zero:
-            own = self._sinks if self._sinks is not None else [RunFileSink()]
-            sinks = [*own, LoggerSink(lambda: trainer.loggers, states=self._log_states), *sinks]
+        self.monitor = None
+        if not trainer.is_global_zero:
+            return
+        own = self._sinks
+        if own is None:
+            own = [] if getattr(trainer, "fast_dev_run", False) else [RunFileSink()]
+        self._scalars = _CallbackMetricsSink(trainer if trainer.world_size == 1 else None)
+        sinks = [*own, LoggerSink(lambda: trainer.loggers, states=self._log_states), self._scalars]
         self.monitor = Monitor(
-            pl_module, self.config, sinks=sinks, blocks=self._blocks, stream=self._stream, name=self._run_name
+            pl_module,
+            self.config,
+            sinks=sinks,
+            blocks=self._blocks,
+            stream=self._stream,
+            name=self._resumed_name or self._name,
         )
-        self._run_name = self.monitor.run.name
+        self._resumed_name = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Open the optimizer step that this micro-batch belongs to."""
@@ -101,16 +115,23 @@ class RepresentationMonitor(Callback):
         self._open.__exit__(None, None, None)
         self._open = None
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor) and loss.numel() == 1:
+        if self.monitor.recording and isinstance(loss, Tensor) and loss.numel() == 1:
             # Lightning has divided the loss by the number of micro-batches.
-            self.monitor.log(loss=loss * trainer.accumulate_grad_batches)
+            self.monitor.log(loss=loss.detach() * trainer.accumulate_grad_batches)
         if not _accumulates(trainer):
             self.monitor.publish()
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Deliver what is in flight before other callbacks look at `callback_metrics`."""
         if self.monitor is not None:
             self.monitor.flush()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Deliver what is in flight; with several ranks, give all of them the same `callback_metrics`."""
+        if self.monitor is not None:
+            self.monitor.flush()
+        if trainer.world_size > 1:
+            trainer.callback_metrics.update(trainer.strategy.broadcast(self._scalars.latest, src=0))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Drop the step that was cut off and finish the files; no other hook follows an exception."""
@@ -125,11 +146,15 @@ class RepresentationMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The name of the run, under which a resumed run goes on in the same file."""
-        return {"name": self._run_name}
+        return {"name": self.monitor.run.name if self.monitor is not None else self._name}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the run of the checkpoint."""
-        self._run_name = state_dict["name"]
+        self._resumed_name = state_dict["name"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy does not take the running engine along."""
+        return {**self.__dict__, "monitor": None, "_open": None, "_scalars": _CallbackMetricsSink()}
 
     def _close(self) -> None:
         if self.monitor is not None:
@@ -138,17 +163,22 @@ class RepresentationMonitor(Callback):
 
 
 class _CallbackMetricsSink(AbstractSink):
-    """Puts every state's scalars where EarlyStopping and ModelCheckpoint look for them."""
+    """Puts every state's scalars where EarlyStopping and ModelCheckpoint look for them.
 
-    def __init__(self, trainer: Trainer) -> None:
+    With several ranks, which must all see the same, they only wait in `latest` until the ranks meet.
+    """
+
+    def __init__(self, trainer: Trainer | None = None) -> None:
         self._trainer = trainer
+        self.latest: dict[str, Tensor] = {}
 
     def start(self, run: RunInfo) -> None:
         pass
 
     def write(self, snapshot: Snapshot) -> None:
-        items = scalar_items(snapshot, "all")
-        self._trainer.callback_metrics.update({key: torch.tensor(value) for key, value in items.items()})
+        self.latest = {key: torch.tensor(value) for key, value in scalar_items(snapshot, "all").items()}
+        if self._trainer is not None:
+            self._trainer.callback_metrics.update(self.latest)
 
     def close(self) -> None:
         pass

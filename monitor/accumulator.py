@@ -14,6 +14,9 @@ from repflow.monitor.snapshot import POSITION_BINS, SumLayout
 from repflow.triton_kernels import depth_statistics, hsic_statistics, token_sums
 from repflow.triton_kernels.groups import find_groups
 
+_SUM_BYTES = 32 * 2**20
+"""Unit sums of this size are held at once: with many short sequences they would outgrow the states."""
+
 
 class Accumulator:
     """The sums of one optimizer step.
@@ -65,7 +68,7 @@ class Accumulator:
             mask = torch.ones(forward.shape, dtype=torch.bool, device=device)
         mask = mask.to(device, non_blocking=True)
         if mask.is_floating_point():
-            mask = mask > 0
+            mask = mask > 0  # given with the step
         if device.type != "cpu" and mask.dtype != torch.bool:
             # Telling documents from padding would wait for the device: the value is looked at when the results arrive.
             self._sums["mask_max"].copy_(torch.maximum(self._sums["mask_max"], mask.max()))
@@ -109,9 +112,14 @@ class Accumulator:
             sums["relative_count"] += rms.isfinite().sum()
 
     def _add_inter_token(self, states: Tensor, mask: Tensor) -> None:
-        sums = token_sums(states, mask)
-        _add_mean(self._sums, "inter_token", mean_pair_cosine(sums.unit_sum, sums.count), "groups")
-        _add_mean(self._sums, "update_inter_token", mean_pair_cosine(sums.update_unit_sum, sums.update_count), "groups")
+        num_states, rows, _, features = states.shape
+        step = max(1, _SUM_BYTES // (16 * num_states * features))  # rows whose unit sums, of h and Δh, fit
+        for start in range(0, rows, step):
+            sums = token_sums(states[:, start : start + step], mask[start : start + step])
+            similarity = mean_pair_cosine(sums.unit_sum, sums.count)
+            _add_mean(self._sums, "inter_token", similarity, "groups")
+            similarity = mean_pair_cosine(sums.update_unit_sum, sums.update_count)
+            _add_mean(self._sums, "update_inter_token", similarity, "groups")
 
     def _add_cka(self, states: Tensor, mask: Tensor) -> None:
         config = self._config
@@ -124,7 +132,7 @@ class Accumulator:
         ).to(states.device)
         chosen = part.take(states.movedim(0, 2)).movedim(2, 0)
         statistics = hsic_statistics(chosen, part.take(mask), estimator=config.cka_estimator)
-        enough = statistics.enough(config.cka_estimator)
+        enough = statistics.usable(config.cka_estimator)
         sums = self._sums
         sums["hsic"] += torch.where(enough.view(-1, 1, 1), statistics.hsic, 0.0).sum(0)
         sums["hsic_groups"] += enough.sum()

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 
-from repflow.monitor.residual_stream import ResidualStream, mask_position
+from repflow.monitor.masks import CallMasks, MaskReader, token_groups
+from repflow.monitor.residual_stream import ResidualStream
 from repflow.monitor.sampling import Selection
 
 
@@ -83,7 +84,7 @@ class _Entry:
     depth: int
     grad: bool
     training: bool
-    mask: Tensor | None = None
+    masks: CallMasks = field(default_factory=CallMasks)
 
 
 @dataclass(eq=False)
@@ -147,7 +148,7 @@ class Capture:
         self.ignored.clear()
         self._mask = mask
         for depth, module in enumerate(self.stream.ancestors):
-            hook = functools.partial(self._enter, depth, mask_position(module))
+            hook = functools.partial(self._enter, depth, MaskReader(module))
             self._handles.append(module.register_forward_pre_hook(self._wrap(hook), with_kwargs=True))
         first = self.stream.blocks[0].module
         self._handles.append(first.register_forward_pre_hook(self._wrap(self._begin), with_kwargs=True))
@@ -173,18 +174,14 @@ class Capture:
         return _Hook(self.guard(hook))
 
     def _enter(
-        self, depth: int, position: int | None, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, depth: int, read: MaskReader, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """A module that contains the blocks is called: remember the mode, and its 2-D mask if it has one."""
+        """A module that contains the blocks is called: remember the mode and the masks."""
         if _in_backward():
             return
-        mask = kwargs.get("attention_mask")
-        if mask is None and position is not None and position < len(args):
-            mask = args[position]
-        if not (isinstance(mask, Tensor) and mask.ndim == 2):
-            outer = self._entry is not None and self._entry.depth < depth
-            mask = self._entry.mask if outer and self._entry is not None else None
-        self._entry = _Entry(depth, torch.is_grad_enabled(), module.training, mask)
+        inside = self._entry is not None and self._entry.depth < depth
+        outer = self._entry.masks if inside and self._entry is not None else CallMasks()
+        self._entry = _Entry(depth, torch.is_grad_enabled(), module.training, read(args, kwargs, outer))
 
     def _begin(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The first block is called: decide whether to record, and take h^(0)."""
@@ -203,8 +200,10 @@ class Capture:
         else:
             block = self.stream.blocks[0]
             state = block.reader.entry(args, kwargs).detach()
-            self._forward = self._start(state, self._mask if self._mask is not None else entry.mask)
-            self._store(self._forward, state)
+            masks = CallMasks(self._mask) if self._mask is not None else entry.masks
+            self._forward = self._start(state, masks)
+            if self._forward is not None:
+                self._store(self._forward, state)
 
     def _leave(self, owned: list[int], module: Module, args: tuple[Any, ...], output: Any) -> None:
         """Block l returns: take h^(l+1).
@@ -215,29 +214,32 @@ class Capture:
         if forward is None or _in_backward():
             return
         index = forward.filled - 1
-        if index not in owned:
-            raise CaptureError(
-                f"expected block {index} ('{self._name(index)}') to run next, but block {owned[0]} "
-                f"('{self._name(owned[0])}') did; pass the blocks in the order in which they run, blocks=[...]"
-            )
+        if index not in owned:  # also what skips a block at random, as LayerDrop does
+            self._forward = None
+            what = f"'{self._name(owned[0])}' where '{self._name(index)}' was expected"
+            self.ignored[f"forwards that ran {what}"] += 1
+            return
         self._store(forward, self.stream.blocks[index].reader.exit(output).detach())
         if forward.filled == len(self.stream) + 1:
             self._forward = None
             selection = forward.selections[forward.view.device]
             self.on_forward(CapturedForward(forward.view, forward.mask, selection, forward.shape))
 
-    def _start(self, state: Tensor, mask: Tensor | None) -> _Forward:
+    def _start(self, state: Tensor, masks: CallMasks) -> _Forward | None:
         flat_tokens = state.ndim == 2
         if flat_tokens:
             state = state.unsqueeze(0)
-            mask = mask.reshape(1, -1) if mask is not None else None
+            masks = CallMasks(*(mask.reshape(1, -1) if mask is not None else None for mask in masks))
         if state.ndim != 3:
             raise CaptureError(
                 f"expected states of shape [B, T, D], got {list(state.shape)} at the input of '{self._name(0)}'; "
                 "pass the blocks of a stream of tokens, blocks=[...]"
             )
         rows, tokens, features = state.shape
-        mask = _fit_mask(mask, rows, tokens)
+        if rows * tokens == 0:
+            self.ignored["forwards without a token"] += 1
+            return None
+        mask = token_groups(masks, rows, tokens)
         selection = self.choose((rows, tokens), state).to(state.device)
         view = self.buffer.view((len(self.stream) + 1, *selection.shape, features), state)
         return _Forward(view, {state.device: selection}, (rows, tokens), flat_tokens, mask)
@@ -274,20 +276,6 @@ class Capture:
 
     def _name(self, index: int) -> str:
         return self.stream.blocks[index].name
-
-
-def _fit_mask(mask: Tensor | None, rows: int, tokens: int) -> Tensor | None:
-    """A mask of the states' shape `[rows, tokens]`, from what models call `attention_mask`."""
-    if mask is None or mask.shape == (rows, tokens):
-        return mask
-    if mask.shape[0] == rows and mask.shape[1] > tokens:
-        return mask[:, -tokens:]  # covers cached or virtual tokens in front
-    if mask.shape == (tokens, tokens):
-        return None  # which token sees which: says nothing about padding
-    raise CaptureError(
-        f"expected a mask of shape {[rows, tokens]} like the states, got {list(mask.shape)}; "
-        "pass the right one: monitor.step(k, mask=...)"
-    )
 
 
 def _in_backward() -> bool:

@@ -1,8 +1,10 @@
 """The `repflow` command. Each command imports what it needs when it is called, so that `--help` answers at once."""
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -16,8 +18,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Watch how a language model's token representations flow through depth while it trains.",
-    epilog="Errors are one line; with REPFLOW_TRACEBACK=1 in the environment they come with their traceback.",
+    epilog="Errors come without their traceback, unless REPFLOW_TRACEBACK=1 is in the environment.",
 )
+
+
+def _path(given: str | Path) -> Path:
+    """A path of the command line. `Path("")` would be the working directory."""
+    if not str(given):
+        raise typer.BadParameter("expected a path, got an empty text")
+    return Path(given)
 
 
 def _tracebacks_wanted() -> bool:
@@ -25,15 +34,31 @@ def _tracebacks_wanted() -> bool:
 
 
 @contextmanager
-def _errors_in_one_line() -> Iterator[None]:
-    """Show what the user can mend as one red line and exit with 2."""
+def _without_traceback() -> Iterator[None]:
+    """Show what the user can mend in red, each line of the message on one of its own, and exit with 2."""
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
-        if _tracebacks_wanted():
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if _tracebacks_wanted() or not _can_be_mended(error):
             raise
-        typer.secho(f"repflow: {' '.join(str(error).split())}", fg="red", err=True)
+        for line in str(error).splitlines():
+            typer.secho(f"repflow: {line}", fg="red", err=True)
         raise typer.Exit(2) from error
+
+
+def _can_be_mended(error: Exception) -> bool:
+    """Whether it is of the user's making; any other `ValueError` is a bug."""
+    from repflow.monitor.demo import DemoError
+    from repflow.monitor.sinks import RunFileError
+
+    return not isinstance(error, ValueError) or isinstance(error, (DemoError, RunFileError))
+
+
+def _print_what_the_terminal_can() -> None:
+    """A character that its encoding lacks becomes a question mark, and ends nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _print_version(wanted: bool) -> bool:
@@ -50,6 +75,7 @@ def main(
     ] = False,
 ) -> None:
     """The options before the command."""
+    _print_what_the_terminal_can()
 
 
 @app.command()
@@ -74,9 +100,15 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A shorter training, to see that everything works.")] = False,
     text: Annotated[
         Path | None,
-        typer.Option(help="A file or folder to learn from. Default: the source of Python's standard library."),
+        typer.Option(
+            parser=_path,
+            metavar="PATH",
+            help="A file or folder to learn from. Default: the source of Python's standard library.",
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for run files, W&B runs and the report.")] = Path("repflow-demo"),
+    out: Annotated[
+        Path, typer.Option(parser=_path, metavar="PATH", help="Folder for run files, W&B runs and the report.")
+    ] = Path("repflow-demo"),
 ) -> None:
     """Train a transformer, a state-space model and a hybrid of both, and compare how representations flow.
 
@@ -84,34 +116,55 @@ def demo(
     per model, and a report in one HTML page. W&B runs are kept offline unless you are logged in or WANDB_MODE says
     otherwise. With small models this takes some minutes on a laptop.
     """
-    with _errors_in_one_line():
-        from repflow.monitor.demo.run import Demo, run_demo
+    with _without_traceback():
+        from repflow.monitor.demo.options import Demo
+        from repflow.monitor.demo.run import run_demo
 
-        chosen = Demo.of_size(
-            size,
-            models=model or (),
-            steps=steps,
-            quick=quick,
-            every_n_steps=every,
-            seed=seed,
-            text=text,
-            folder=out,
-        )
-        result = run_demo(chosen)
-    for outcome in result.outcomes:
-        if outcome.error is not None and _tracebacks_wanted():
-            raise outcome.error
+        fields = {"steps": steps, "every_n_steps": every, "seed": seed, "text": text, "folder": out}
+        result = run_demo(Demo.of_size(size, models=model or (), quick=quick, **fields))
+    if result.errors and _tracebacks_wanted():
+        raise result.errors[0]
     raise typer.Exit(result.exit_code)
 
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run files, such as repflow-runs/NAME.db.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
+    runs: Annotated[
+        list[Path], typer.Argument(parser=_path, metavar="RUN...", help="Run files, such as repflow-runs/NAME.db.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", parser=_path, metavar="PATH", help="The page to write.")
+    ] = Path("report.html"),
 ) -> None:
     """Write one HTML page that shows runs side by side; it opens without network. A run may still be under way."""
-    with _errors_in_one_line():
-        from repflow.monitor.report import write_report
-
-        page = write_report(runs, output)
+    with _without_traceback():
+        page = _write_report(runs, output)
     typer.echo(page)
+
+
+def _write_report(runs: Sequence[Path], output: Path) -> Path:
+    from repflow.monitor.report import write_report
+    from repflow.monitor.sinks import RunFileError
+
+    if output.is_dir():
+        raise IsADirectoryError(f"--output: expected a file to write, and {output} is a folder")
+    if output.resolve() in {run.resolve() for run in runs}:
+        raise FileExistsError(f"--output: expected a page to write, and {output} is one of the run files")
+    try:
+        return write_report(runs, output)
+    except ValueError:
+        # Of the run files, or a bug?
+        if unreadable := list(_unreadable(runs)):
+            raise RunFileError("\n".join(unreadable)) from None
+        raise
+
+
+def _unreadable(runs: Sequence[Path]) -> Iterator[str]:
+    """What is wrong with those that are no run files."""
+    from repflow.monitor.sinks import RunFileError, open_run
+
+    for run in runs:
+        try:
+            open_run(run)
+        except (RunFileError, OSError) as error:
+            yield str(error)

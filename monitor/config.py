@@ -76,6 +76,8 @@ class MonitorConfig:
                 "`MonitorConfig`: expected either a config or single options, got both; "
                 f"put {', '.join(options)} into the config"
             )
+        if config is not None and not isinstance(config, cls):
+            raise TypeError(f"`MonitorConfig`: expected a MonitorConfig, got {config!r}; give its fields by name")
         names = [field.name for field in fields(cls)]
         if unknown := sorted(set(options) - set(names)):
             raise TypeError(

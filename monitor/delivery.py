@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -56,13 +57,16 @@ class Delivery:
         """Start the copy of the sums and scalars of a step to the host."""
         assert step.sums is not None
         flat = step.sums.flat
-        values = torch.cat([flat, *(_mean(numbers, flat.device) for numbers in step.scalars.values())])
-        ready = None
-        if values.device.type == "cuda":
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            values = host.copy_(values, non_blocking=True)
-            ready = torch.cuda.Event()
-            ready.record()
+        with on_device(flat.device):
+            for _, end in step.events:
+                torch.cuda.current_stream().wait_event(end)  # the step may have run on another stream
+            values = torch.cat([flat, *(_mean(numbers, flat.device) for numbers in step.scalars.values())])
+            ready = None
+            if values.device.type == "cuda":
+                host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+                values = host.copy_(values, non_blocking=True)
+                ready = torch.cuda.Event()
+                ready.record()
         self._queue.append((step, values.cpu(), ready))
 
     def receive(self, *, wait: bool = False) -> Iterator[tuple[MeasuredStep, Tensor]]:
@@ -81,7 +85,14 @@ class Delivery:
         self._queue.clear()
 
 
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make `device` the current one if it is a GPU: events and streams are those of the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def _mean(numbers: list[int | float | Tensor], device: torch.device) -> Float64[Tensor, " 1"]:
     """Mean of numbers and tensors of one element, on `device`, without waiting for it."""
-    values = [torch.as_tensor(x, dtype=torch.float64).to(device, non_blocking=True).reshape(()) for x in numbers]
-    return torch.stack(values).mean().reshape(1)
+    values = [
+        torch.as_tensor(x, dtype=torch.float64, device=x.device if isinstance(x, Tensor) else "cpu") for x in numbers
+    ]
+    return torch.stack([value.to(device, non_blocking=True).reshape(()) for value in values]).mean().reshape(1)

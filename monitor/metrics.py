@@ -160,7 +160,8 @@ class LayerVariation(_SumMetric):
 class LayerCKA(_SumMetric):
     """CKA of every pair of states, from HSIC summed over groups and divided at the end.
 
-    Groups that are too short are skipped and counted.
+    Groups that are too short are skipped and counted, and so are those in which a state has no finite token, as long as
+    there are others in the same batch.
     `compute()` returns `[S, S]`, NaN for states without structure. `groups` and `skipped` count the groups.
 
     Args:
@@ -189,7 +190,7 @@ class LayerCKA(_SumMetric):
         """Add the groups of one batch."""
         statistics = hsic_statistics(states, mask, estimator=self.estimator)
         self._fix_num_states(states.shape[0], "update")
-        enough = statistics.enough(self.estimator)
+        enough = statistics.usable(self.estimator)
         self.hsic = self.hsic + torch.where(enough.view(-1, 1, 1), statistics.hsic, 0.0).sum(0)
         self.groups = self.groups + enough.sum()
         self.skipped = self.skipped + (~enough).sum()

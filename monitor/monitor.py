@@ -2,29 +2,26 @@
 
 import functools
 import operator
-import platform
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.parameter import UninitializedParameter
 
-import repflow
 from repflow.monitor.accumulator import Accumulator
 from repflow.monitor.capture import Capture, CaptureBuffer, CapturedForward
 from repflow.monitor.config import Metric, MonitorConfig
-from repflow.monitor.delivery import Delivery, MeasuredStep
+from repflow.monitor.delivery import Delivery, MeasuredStep, on_device
+from repflow.monitor.notices import misread_mask, short_sequences
 from repflow.monitor.residual_stream import ResidualStream, find_residual_stream
+from repflow.monitor.run_info import describe_run
 from repflow.monitor.sampling import Schedule, Selection, select
 from repflow.monitor.sinks import AbstractSink, FanOutSink
-from repflow.monitor.snapshot import BlockInfo, RunInfo, Snapshot, SumLayout
+from repflow.monitor.snapshot import RunInfo, Snapshot, SumLayout
 from repflow.monitor.warning import warn
 
 
@@ -48,7 +45,7 @@ class Monitor:
     Args:
         model: what is trained; it may be wrapped.
         config: what to measure; the defaults of `MonitorConfig` if None.
-        sinks: where the snapshots go, besides `latest`.
+        sinks: where the snapshots go, besides `latest`. Under torch.distributed those of rank 0 alone are used.
         blocks: see `find_residual_stream`.
         stream: see `find_residual_stream`.
         name: of the run; the model's class and the time if None.
@@ -74,16 +71,17 @@ class Monitor:
                 f'`Monitor`: states="hf" needs the norm behind the last block, and none was found beside '
                 f'{self.stream.name!r} in {type(model).__name__}; use states="residual"'
             )
-        self.run: RunInfo = _describe(model, self.stream, self.config, name)
+        self.run: RunInfo = describe_run(model, self.stream, self.config, name)
         self.latest: Snapshot | None = None
         """The last snapshot that arrived."""
         self._schedule = Schedule(self.config.every_n_steps)
         self._metrics: tuple[Metric, ...] = self.config.metrics
-        self._sink = FanOutSink(sinks)
+        self._sink = FanOutSink(sinks if _is_first_rank() else ())
         self._started = False
         self._enabled = True
         self._warned: set[str] = set()
         self._step: MeasuredStep | None = None
+        self._is_open = False
         self._ignored: Counter[str] = Counter()  # forwards of the step that were left out, by reason
         self._delivery = Delivery()
         self._layout = SumLayout(len(self.stream) + 1)
@@ -118,8 +116,12 @@ class Monitor:
             TypeError: a step that is not an integer.
             ValueError: a negative step.
         """
-        if operator.index(step) < 0:
-            raise ValueError(f"`Monitor.step`: expected the number of the optimizer step, 0 or more, got {step}")
+        step = _step_number(step)
+        if self._is_open:
+            if self._step is not None and self._step.number != step:
+                self._warn(f"left out step {step}, which began inside of step {self._step.number}", key="nested")
+            yield
+            return
         if self._step is not None and self._step.number != step:
             self.publish()
         if self._delivery:
@@ -129,6 +131,7 @@ class Monitor:
             return
         self._step = self._step or MeasuredStep(step)
         self._guard(self._capture.arm)(mask)
+        self._is_open = True
         try:
             yield
         except BaseException:
@@ -136,27 +139,43 @@ class Monitor:
             self._ignored.clear()
             raise
         finally:
+            self._is_open = False
             self._guard(self._disarm)()
+
+    @property
+    def recording(self) -> bool:
+        """Whether the current step is a sampled one."""
+        return self._step is not None
 
     def log(self, **scalars: int | float | Tensor) -> None:
         """Keep scalars of the training loop, such as the loss, with the current step; several values are averaged.
 
-        Does nothing on a step that is not sampled. Tensors are not waited for.
+        Does nothing on a step that is not sampled. Tensors are not waited for. What is no number is left out, and said.
         """
-        if self._step is not None:
-            for name, value in scalars.items():
-                self._step.scalars.setdefault(name, []).append(value.detach() if isinstance(value, Tensor) else value)
+        if self._step is None:
+            return
+        for name, value in scalars.items():
+            if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+                value = value.detach().clone()  # the loop may go on to change it
+            elif not isinstance(value, int | float):
+                got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                self._warn(f"left out {name!r}: expected a number or a tensor of one, got {got}", key=f"log {name}")
+                continue
+            self._step.scalars.setdefault(name, []).append(value)
 
     def publish(self) -> None:
         """End the current step: its results leave the device, and what has arrived goes to the sinks.
 
-        Waits for nothing.
+        Waits for nothing. Inside of `with monitor.step(k)` the step goes on.
         """
         self._guard(self._send)()
         self._guard(self._collect)()
 
     def flush(self) -> None:
-        """End the current step, and wait until everything has reached the sinks."""
+        """End the current step, and wait until everything has reached the sinks.
+
+        Inside of `with monitor.step(k)` the step goes on, and only earlier ones are waited for.
+        """
         self._guard(self._send)()
         self._guard(functools.partial(self._collect, wait=True))()
         self._guard(self._sink.flush)()
@@ -172,6 +191,7 @@ class Monitor:
     def discard(self) -> None:
         """Drop the step being recorded, as when its body raises."""
         self._step = None
+        self._is_open = False
         self._guard(self._disarm)()
         self._ignored.clear()
 
@@ -186,7 +206,9 @@ class Monitor:
             )
         if capacity < wanted:
             limit = self.config.max_memory_mib
-            self._warn(f"measures {capacity} tokens of a micro-batch instead of {wanted}: max_memory_mib={limit}")
+            self._warn(
+                f"measures {capacity} tokens of a micro-batch instead of {wanted}: max_memory_mib={limit}", key="memory"
+            )
         step = self._current()
         forward = step.sums.forwards if step.sums is not None else 0
         return select(batch, min(wanted, capacity), seed=self.config.seed, step=step.number, forward=forward)
@@ -199,10 +221,11 @@ class Monitor:
         if device.type != "cuda":
             step.sums.add(forward, self._metrics)
             return
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step.sums.add(forward, self._metrics)
-        end.record()
+        with on_device(device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            step.sums.add(forward, self._metrics)
+            end.record()
         step.events.append((start, end))
 
     def _current(self) -> MeasuredStep:
@@ -217,6 +240,8 @@ class Monitor:
 
     def _send(self) -> None:
         """End the step: its results leave the device."""
+        if self._is_open:
+            return
         step, self._step = self._step, None
         ignored, self._ignored = self._ignored, Counter()
         if step is None or not self._enabled:
@@ -227,8 +252,8 @@ class Monitor:
         seen = ", ".join(f"{number} {what}" for what, number in ignored.items()) or "no forward at all"
         self._warn(
             f"recorded nothing on step {step.number}: expected a training-mode forward with gradients through "
-            f"'{self.stream.blocks[0].name}', saw {seen}. If the model is compiled, monitor it uncompiled; "
-            "if other blocks run, pass blocks=[...]",
+            f"'{self.stream.blocks[0].name}', saw {seen}. If the model is compiled, monitor it uncompiled; if other "
+            "blocks run, or in another order, pass blocks=[...] in the order in which they run",
             key="recorded nothing",
         )
 
@@ -236,32 +261,17 @@ class Monitor:
         """Turn what has arrived into snapshots, in order, and hand them to the sinks."""
         for step, values in self._delivery.receive(wait=wait):
             sums = self._layout.views(values[: self._layout.size])
-            if not self._masks_were_understood(step, sums):
+            if misread := misread_mask(step.number, sums):
+                self._warn(misread, key="misread mask")
                 continue
             self.latest = step.snapshot(values, self._layout, self.stream.name, self._late_ms)
             self._late_ms = 0.0
-            if self.latest.sequences == int(sums["short_sequences"]):
-                self._warn(
-                    f"expected sequences of at least 2 valid tokens, but none of {self.latest.sequences} on step "
-                    f"{step.number} is that long: similarity and CKA are NaN; look at the batch, its mask and "
-                    "skip_first_tokens",
-                    key="short",
-                )
+            if short := short_sequences(self.latest, sums, self.config.cka_estimator):
+                self._warn(short, key="short sequences")
             if not self._started:
                 self._started = True
                 self._sink.start(self.run)
             self._sink.write(self.latest)
-
-    def _masks_were_understood(self, step: MeasuredStep, sums: dict[str, Tensor]) -> bool:
-        """Whether masks that were read as padding on a GPU hold no document numbers."""
-        largest = int(sums["mask_max"])
-        if largest > 1:
-            self._warn(
-                f"left out step {step.number}: its mask holds document numbers up to {largest}, which a GPU run "
-                "cannot tell from padding without waiting; pass a boolean mask: monitor.step(k, mask=mask != 0)",
-                key="documents",
-            )
-        return largest <= 1
 
     def _guard(self, call: Callable[..., None]) -> Callable[..., None]:
         """`call`, timed, and with every exception turned into a warning and the end of monitoring."""
@@ -306,16 +316,20 @@ class Monitor:
             warn(message)
 
 
-def _describe(model: Module, stream: ResidualStream, config: MonitorConfig, name: str | None) -> RunInfo:
-    model_class = type(model).__name__
-    packages = ("torch", "transformers", "lightning", "pytorch_lightning", "wandb")
-    loaded = {package: str(sys.modules[package].__version__) for package in packages if package in sys.modules}
-    return RunInfo(
-        name=name or f"{model_class}-{datetime.now():%Y%m%d-%H%M%S}",
-        stream=stream.name,
-        blocks=tuple(BlockInfo(index=block.index, name=block.name, kind=block.kind) for block in stream.blocks),
-        model_class=model_class,
-        parameters=sum(p.numel() for p in model.parameters() if not isinstance(p, UninitializedParameter)),
-        config=config.to_dict(),
-        versions={"repflow": repflow.__version__, "python": platform.python_version(), **loaded},
+def _step_number(step: object) -> int:
+    """The number of a step, from anything that is an integer."""
+    try:
+        number = operator.index(step)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        raise TypeError(f"`Monitor.step`: expected the number of the optimizer step, got {step!r}") from None
+    if number < 0:
+        raise ValueError(f"`Monitor.step`: expected the number of the optimizer step, 0 or more, got {number}")
+    return number
+
+
+def _is_first_rank() -> bool:
+    return (
+        not torch.distributed.is_available()
+        or not torch.distributed.is_initialized()
+        or torch.distributed.get_rank() == 0
     )

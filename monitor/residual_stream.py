@@ -5,7 +5,6 @@ of blocks itself is found by structure, so that a new architecture usually needs
 """
 
 import difflib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,9 +77,17 @@ def _first_tensor_out(output: Any) -> Tensor:
 
 
 FIRST_TENSOR = Reader(_first_tensor_in, _first_tensor_out)
-"""The state is the first argument, and the output or the first of its tuple: so in every block of transformers."""
+"""The state is the first argument, and the output or the first of its tuple, as in all blocks of transformers."""
 
-READERS: list[tuple[Callable[[Module], bool], Reader]] = []
+SEQUENCE_FIRST = Reader(
+    lambda args, kwargs: _first_tensor_in(args, kwargs).transpose(0, 1),
+    lambda output: _first_tensor_out(output).transpose(0, 1),
+)
+"""States are `[T, B, D]`: torch.nn.TransformerEncoderLayer and its kin, unless made with `batch_first=True`."""
+
+READERS: list[tuple[Callable[[Module], bool], Reader]] = [
+    (lambda block: getattr(getattr(block, "self_attn", None), "batch_first", True) is False, SEQUENCE_FIRST),
+]
 """Blocks that need another reader: the first whose test holds for a block is used."""
 
 
@@ -181,12 +188,6 @@ def block_parts(module: Module) -> tuple[str, ...]:
 def strip_wrappers(path: str) -> str:
     """A dotted path without the components of `WRAPPERS`."""
     return ".".join(part for part in path.split(".") if part not in WRAPPERS)
-
-
-def mask_position(module: Module) -> int | None:
-    """Position of `attention_mask` among the arguments of the module's forward; None where it can only come by name."""
-    parameters = list(inspect.signature(module.forward).parameters)
-    return parameters.index("attention_mask") if "attention_mask" in parameters else None
 
 
 def _block(index: int, path: str, module: Module) -> Block:

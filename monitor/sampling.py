@@ -61,13 +61,17 @@ def select(batch: tuple[int, int], max_tokens: int, *, seed: int, step: int, for
         forward: number of the micro-batch within the step.
     """
     rows, tokens = batch
-    keep = max(1, min(rows, max_tokens // max(tokens, 1)))
-    generator = torch.Generator().manual_seed(_mix(seed, step, forward))
-    chosen = None if keep == rows else torch.randperm(rows, generator=generator)[:keep].sort().values
+    keep = min(rows, max(1, max_tokens // max(tokens, 1)))
+    generator = torch.Generator("cpu").manual_seed(_mix(seed, step, forward))
+
+    def draw(number: int, of: int) -> Tensor:
+        # The device is named, since the user may have set another default.
+        return torch.randperm(of, generator=generator, device="cpu")[:number].sort().values
+
+    chosen = None if keep == rows else draw(keep, rows)
     if tokens <= max_tokens:
         return Selection(chosen, None, (keep, tokens))
-    positions = torch.randperm(tokens, generator=generator)[:max_tokens].sort().values
-    return Selection(chosen, positions, (keep, max_tokens))
+    return Selection(chosen, draw(max_tokens, tokens), (keep, max_tokens))
 
 
 def _mix(*numbers: int) -> int:

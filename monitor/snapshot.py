@@ -110,7 +110,7 @@ class SumLayout:
             "v_loc": _ratio(part["local_variance"].sum(-1), part["local_variance_count"].sum(-1)),
             "v_glob": _ratio(part["global_variance"], part["global_variance_count"]),
             "local_variance": _ratio(part["local_variance"], part["local_variance_count"]),
-            "v_loc_rel": _ratio(part["local_variance_relative"], part["relative_count"]),
+            "v_loc_rel": _ratio(part["local_variance_relative"], part["relative_count"] * (self.num_states > 2)),
             "v_glob_rel": _ratio(part["global_variance_relative"], part["relative_count"]),
             "cka": cka_from_hsic(part["hsic"]),
             "hsic_top_token": _ratio(part["fourth_moment_max"], part["fourth_moment"]),
@@ -165,9 +165,23 @@ class RunInfo:
 
     @classmethod
     def from_json(cls, text: str) -> "RunInfo":
-        """Inverse of `to_json`."""
-        raw = json.loads(text)
-        return cls(**{**raw, "blocks": tuple(BlockInfo(**block) for block in raw["blocks"])})
+        """Inverse of `to_json`. Keys that this version does not know are ignored.
+
+        Raises:
+            ValueError: The text is none that `to_json` writes, or lacks a key that this version needs.
+        """
+
+        def known(record: type, values: Mapping[str, Any]) -> dict[str, Any]:
+            return {entry.name: values[entry.name] for entry in fields(record) if entry.name in values}
+
+        try:
+            raw = json.loads(text)
+            blocks = tuple(BlockInfo(**known(BlockInfo, block)) for block in raw["blocks"])
+            return cls(**{**known(cls, raw), "blocks": blocks})
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"`RunInfo.from_json`: expected the description of a run, got one that lacks a key: {error}"
+            ) from error
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

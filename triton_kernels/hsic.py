@@ -2,6 +2,7 @@
 
 from typing import Literal, NamedTuple, get_args
 
+import torch
 from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor
 
@@ -30,6 +31,16 @@ class HsicStatistics(NamedTuple):
     def enough(self, estimator: Estimator) -> Bool[Tensor, " G"]:
         """Which groups have the tokens that `estimator` needs: 4 for the unbiased one, 2 for the biased one."""
         return self.count >= MIN_TOKENS[estimator]
+
+    def usable(self, estimator: Estimator) -> Bool[Tensor, " G"]:
+        """Which groups to add up: those with enough tokens, and finite ones only where there are any.
+
+        One sequence that is NaN at some depth then does not hide what the others tell; when all of them are, the NaN in
+        the row and column of that state is the result.
+        """
+        enough = self.enough(estimator)
+        whole = enough & self.hsic.isfinite().flatten(1).all(1)
+        return torch.where(whole.any(), whole, enough)
 
 
 def hsic_statistics(

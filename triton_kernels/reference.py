@@ -83,7 +83,7 @@ def hsic_statistics(states: Tensor, groups: Groups, estimator: str, min_tokens: 
     """Fields of `HsicStatistics`."""
     flat = states.flatten(1, 2)
     token, member = _group_members(groups)
-    finite = _finite_tokens(flat)[:, token] & member
+    finite = torch.stack([_finite_tokens(layer) for layer in flat])[:, token] & member
     alive = finite.any(-1)  # [S, G]
     member = member & (finite | ~alive.unsqueeze(-1)).all(0) & alive.any(0).unsqueeze(-1)
     count = member.sum(-1)
@@ -121,7 +121,7 @@ def hsic_statistics(states: Tensor, groups: Groups, estimator: str, min_tokens: 
 
 
 def _finite_tokens(flat: Tensor) -> Tensor:
-    """Which tokens of `[S, N, D]` hold neither NaN nor infinity: the largest magnitude tells, and is found faster."""
+    """Which tokens of `[..., D]` hold neither NaN nor infinity: the largest magnitude tells, and is found faster."""
     return flat.abs().amax(-1).isfinite()
 
 

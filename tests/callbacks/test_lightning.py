@@ -1,5 +1,10 @@
 """The Lightning callback under a real Trainer."""
 
+import copy
+import os
+import pickle
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -101,7 +106,9 @@ def test_one_line(tmp_path, monkeypatch) -> None:
     with open_run(path) as run:
         assert run.step.values.tolist() == [0, 5, 10]
         assert run.tokens.values.tolist() == [32] * 3 and run.sequences.values.tolist() == [4] * 3
-        assert run.attrs["model_class"] == "Model" and run.block_name.values[0] == "model.gpt_neox.layers.0"
+        assert (
+            run.attrs["model_class"] == "GPTNeoXForCausalLM" and run.block_name.values[0] == "model.gpt_neox.layers.0"
+        )
         last = float(run.inter_token[-1, 2])
     assert float(trainer.callback_metrics["repflow/inter_token/state_02"]) == pytest.approx(last)
     (csv,) = tmp_path.rglob("metrics.csv")
@@ -180,7 +187,6 @@ def test_resume_goes_on_in_the_same_run_file(tmp_path, monkeypatch) -> None:
     checkpoint = ModelCheckpoint(tmp_path / "ckpt", save_last=True)
     fit(tmp_path, RepresentationMonitor(every_n_steps=2), checkpoint, max_epochs=1)
     (path,) = Path("repflow-runs").glob("*.db")
-    monkeypatch.setattr("repflow.monitor.monitor.datetime", None)  # a new name cannot be made up
     resumed = RepresentationMonitor(every_n_steps=2)
     fit(tmp_path, resumed, max_epochs=3, ckpt_path=tmp_path / "ckpt" / "last.ckpt")
     (path,) = Path("repflow-runs").glob("*.db")
@@ -221,6 +227,15 @@ def test_fitting_twice_and_without_loggers(tmp_path) -> None:
         fit(tmp_path, callback, logger=False, max_epochs=1)
         fit(tmp_path, callback, logger=False, max_epochs=2)
     assert open_run(path).step.values.tolist() == [0, 3, 6, 9]
+
+
+def test_each_fit_has_a_run_of_its_own(tmp_path, monkeypatch) -> None:
+    """As in cross-validation: one callback, several fits within a second."""
+    monkeypatch.chdir(tmp_path)
+    callback = RepresentationMonitor(every_n_steps=3)
+    for _ in range(2):
+        fit(tmp_path, callback, logger=False, max_epochs=1)
+    assert [open_run(path).step.size for path in Path("repflow-runs").glob("*.db")] == [2, 2]
 
 
 def test_two_monitors_in_one_trainer(tmp_path) -> None:
@@ -270,3 +285,63 @@ def test_unknown_structure_stops_before_the_first_step(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"found no ModuleList of modules with parameters; pass blocks="):
         fit(tmp_path, RepresentationMonitor(sinks=[]), model=model)
     assert model.losses == []
+
+
+@pytest.mark.usefixtures("untyped")
+def test_wrong_arguments_are_refused_at_once() -> None:
+    with pytest.raises(TypeError, match="expected a MonitorConfig, got 50; give its fields by name"):
+        RepresentationMonitor(50)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match='expected log_states="auto", "all" or state numbers, got \'some\''):
+        RepresentationMonitor(log_states="some")  # type: ignore[arg-type]
+
+
+def test_a_copy_of_the_callback_leaves_the_engine_behind(tmp_path) -> None:
+    callback = RepresentationMonitor(every_n_steps=2, sinks=RunFileSink(tmp_path / "run.db"))
+    fit(tmp_path, callback, max_epochs=1)
+    assert callback.monitor is not None
+    for copied in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+        assert copied.monitor is None and copied.config == callback.config
+
+
+def test_fast_dev_run_leaves_no_file(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    callback = RepresentationMonitor(every_n_steps=1)
+    fit(tmp_path, callback, fast_dev_run=True)
+    assert callback.monitor is not None and callback.monitor.latest is not None
+    assert not Path("repflow-runs").exists()
+
+
+TWO_RANKS = """
+import sys, torch
+from pathlib import Path
+from lightning.pytorch.callbacks import Callback
+from repflow.callbacks import RepresentationMonitor
+from repflow.monitor.sinks import RunFileSink
+from tests.callbacks.test_lightning import Model, fit
+
+class Plateau(Model):
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), 1e-3)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", patience=0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "repflow/v_loc"}}
+
+path = Path(sys.argv[1])
+callback = RepresentationMonitor(every_n_steps=1, sinks=[RunFileSink(path / "run.db")])
+model, trainer = fit(path, callback, model=Plateau(), max_epochs=3, strategy="ddp", devices=2, num_sanity_val_steps=0)
+values = [float(trainer.callback_metrics["repflow/v_loc"]), trainer.optimizers[0].param_groups[0]["lr"]]
+values.append(sum(p.double().sum().item() for p in model.parameters()))
+(path / f"rank{trainer.global_rank}.txt").write_text(repr(values))
+"""
+
+
+def test_two_ranks_decide_alike(tmp_path) -> None:
+    """Schedules that follow our scalars must not let the replicas drift apart."""
+    script = tmp_path / "two_ranks.py"
+    script.write_text(TWO_RANKS)
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root / "src"), str(root)])
+    command = [sys.executable, str(script), str(tmp_path)]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, check=True, timeout=300)
+    first, second = ((tmp_path / f"rank{rank}.txt").read_text() for rank in range(2))
+    assert first == second
+    assert open_run(tmp_path / "run.db").tokens.values.tolist() == [32] * 9

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -318,11 +319,6 @@ FAULTS = {
         lambda model, x: model.blocks[1](model.blocks[0](x)),
         r"CaptureError: expected every state to be \[2, 5, 8\] like the first, got \[2, 5, 6\] from 'blocks\.1'",
     ),
-    "wrong order": (
-        lambda: nn.ModuleList([nn.Sequential(nn.Linear(8, 8)) for _ in range(3)]),
-        lambda model, x: model.blocks[1](model.blocks[2](model.blocks[0](x))),
-        r"expected block 1 \('blocks\.1'\) to run next, but block 2 \('blocks\.2'\) did; pass the blocks in the order",
-    ),
     "no tokens": (
         lambda: nn.ModuleList([nn.Sequential(nn.Linear(8, 8)) for _ in range(2)]),
         lambda model, x: model.blocks[1](model.blocks[0](x.unsqueeze(0))),
@@ -373,3 +369,109 @@ def test_a_compiled_model_is_not_seen_and_that_is_said(style) -> None:
         RuntimeWarning, match="recorded nothing on step 2.*If the model is compiled, monitor it uncompiled"
     ):
         assert losses(monitored=True) == bare
+
+
+def test_blocks_in_another_order_are_left_out_and_said() -> None:
+    """So are forwards that skip a block, as LayerDrop does; the others are measured."""
+    model: Any = nn.Module()
+    model.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 8)) for _ in range(3)])
+    monitor = Monitor(model, MonitorConfig(every_n_steps=1))
+
+    def train(step: int, *order: int) -> None:
+        x = torch.randn(2, 5, 8)
+        with monitor.step(step):
+            for index in order:
+                x = model.blocks[index](x)
+            x.sum().backward()
+        monitor.flush()
+
+    with pytest.warns(RuntimeWarning, match=r"1 forwards that ran 'blocks\.2' where 'blocks\.1' was expected"):
+        train(0, 0, 2, 1)
+    train(1, 0, 2)
+    train(2, 0, 1, 2)
+    assert monitor.enabled and monitor.latest is not None and monitor.latest.step == 2
+
+
+def test_decoder_does_not_take_its_encoders_mask() -> None:
+    config = transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    config.decoder_start_token_id = 0
+    model = transformers.T5ForConditionalGeneration(config).train()
+    source = torch.arange(36).view(3, 12)
+    mask = torch.zeros(3, 12, dtype=torch.long)
+    mask[:, :4] = 1
+    for stream, tokens in (("encoder", 12), ("decoder", 24)):
+        monitor = Monitor(model, MonitorConfig(every_n_steps=1), stream=stream)
+        with monitor.step(0):
+            model(input_ids=source, attention_mask=mask, labels=source[:, :8].contiguous()).loss.backward()
+        monitor.flush()
+        assert monitor.latest is not None and (monitor.latest.stream, monitor.latest.tokens) == (stream, tokens)
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_documents_from_positions_that_start_again(padding) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    model = transformers.LlamaForCausalLM(config).train()
+    ids = torch.arange(48).view(2, 24)
+    monitor = Monitor(model, MonitorConfig(every_n_steps=1))
+    positions = torch.arange(8).repeat(2, 3)
+    mask = None
+    if padding != "none":
+        mask = torch.ones_like(ids)
+        mask[:, slice(3) if padding == "left" else slice(-3, None)] = 0
+        positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    with monitor.step(0):
+        model(input_ids=ids, position_ids=positions, attention_mask=mask).logits.sum().backward()
+    monitor.flush()
+    assert monitor.latest is not None
+    assert (monitor.latest.sequences, monitor.latest.tokens) == ((6, 48) if padding == "none" else (2, 42))
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_torch_transformer_encoder(batch_first) -> None:
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 2, 32, batch_first=batch_first), 2, enable_nested_tensor=False
+    ).train()
+    monitor = Monitor(encoder, MonitorConfig(every_n_steps=1))
+    seen = captured(monitor)
+    x = torch.randn(3, 12, 16)
+    padding = torch.zeros(3, 12, dtype=torch.bool)
+    padding[0, 5:] = True
+    with monitor.step(0):
+        encoder(x if batch_first else x.transpose(0, 1), src_key_padding_mask=padding).sum().backward()
+    monitor.flush()
+    assert torch.equal(seen[0][0], x)
+    assert monitor.latest is not None and (monitor.latest.sequences, monitor.latest.tokens) == (3, 29)
+
+
+def test_a_micro_batch_without_a_token_is_left_out() -> None:
+    model = toy.Toy()
+    monitor = Monitor(model, MonitorConfig(every_n_steps=1))
+    with monitor.step(0):
+        model(toy.batch()[:0]).sum().backward()
+        model(toy.batch()).sum().backward()
+    monitor.flush()
+    assert monitor.latest is not None and monitor.latest.tokens == 48
+
+
+def test_another_default_device_does_not_matter() -> None:
+    model = toy.Toy()
+    monitor = Monitor(model, MonitorConfig(every_n_steps=1, max_tokens=10))
+    ids = toy.batch()
+    with torch.device("meta"), monitor.step(0):
+        toy.loss_of(model, ids).backward()
+    monitor.log(loss=1.0)
+    with torch.device("meta"):
+        monitor.flush()
+    assert monitor.enabled and monitor.latest is not None and monitor.latest.tokens == 10
+
+
+def test_a_mask_of_another_shape_says_what_to_pass() -> None:
+    model = toy.Toy()
+    monitor = Monitor(model, MonitorConfig(every_n_steps=1))
+    with (
+        pytest.warns(RuntimeWarning, match=r"expected a mask of shape \[4, 12\] like the states, got \[4\]"),
+        monitor.step(0, mask=torch.ones(4)),
+    ):
+        model(toy.batch()).sum().backward()

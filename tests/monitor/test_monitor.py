@@ -228,7 +228,8 @@ def test_publishing() -> None:
 @pytest.mark.parametrize(("step", "error"), [(-1, ValueError), (1.5, TypeError), ("1", TypeError)])
 @pytest.mark.usefixtures("untyped")
 def test_a_step_is_a_number_from_zero(step, error) -> None:
-    with pytest.raises(error), Monitor(toy.Toy()).step(step):
+    message = f"expected the number of the optimizer step.* got {step!r}"
+    with pytest.raises(error, match=message), Monitor(toy.Toy()).step(step):
         pass
 
 
@@ -326,7 +327,7 @@ def test_training_is_bit_identical_under_the_monitor() -> None:
         "_capture.on_forward",
         "_capture._start",
         "_send",
-        "_masks_were_understood",
+        "_delivery.receive",
         "_sink.write",
         "_capture.arm",
     ],
@@ -450,3 +451,100 @@ def test_run_info_survives_json() -> None:
     assert RunInfo.from_json(info.to_json()) == RunInfo.from_json(RunInfo.from_json(info.to_json()).to_json())
     assert info.parameters == sum(p.numel() for p in toy.Toy().parameters())
     assert info.versions["torch"] == torch.__version__ and info.model_class == "Toy"
+
+
+def test_publishing_inside_of_a_step_leaves_it_open() -> None:
+    model = toy.Toy()
+    monitor = Monitor(model, MonitorConfig(every_n_steps=1))
+    with monitor.step(0):
+        toy.loss_of(model, toy.batch()).backward()
+        monitor.publish()
+        monitor.flush()
+        assert monitor.latest is None
+        with monitor.step(0):
+            toy.loss_of(model, toy.batch()).backward()
+        toy.loss_of(model, toy.batch()).backward()
+    monitor.flush()
+    assert monitor.latest is not None and monitor.latest.tokens == 3 * 48
+
+
+def test_a_step_inside_of_another_is_said() -> None:
+    model = toy.Toy()
+    monitor = Monitor(model, MonitorConfig(every_n_steps=1))
+    with (
+        pytest.warns(RuntimeWarning, match="left out step 1, which began inside of step 0"),
+        monitor.step(0),
+        monitor.step(1),
+    ):
+        toy.loss_of(model, toy.batch()).backward()
+    monitor.flush()
+    assert monitor.latest is not None and (monitor.latest.step, monitor.latest.tokens) == (0, 48)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_what_is_logged_is_checked_and_copied() -> None:
+    model = toy.Toy()
+    monitor = Monitor(model, MonitorConfig(every_n_steps=1))
+    loss = torch.tensor(2.0)
+    with monitor.step(0):
+        toy.loss_of(model, toy.batch()).backward()
+        with pytest.warns(RuntimeWarning, match=r"left out 'loss': expected a number .* got a tensor of shape \[3\]"):
+            monitor.log(loss=torch.ones(3))
+        with pytest.warns(RuntimeWarning, match="left out 'note': expected a number .* got 'text'"):
+            monitor.log(note="text", loss=loss)  # pyright: ignore[reportArgumentType]
+    loss.mul_(100)
+    monitor.flush()
+    assert monitor.latest is not None and monitor.latest.scalars == {"loss": 2.0}
+
+
+@pytest.mark.usefixtures("untyped")
+def test_numbers_of_steps_are_plain() -> None:
+    model, step = toy.Toy(), torch.tensor(0)
+    monitor = Monitor(model, MonitorConfig(every_n_steps=1))
+    for _ in range(2):
+        with monitor.step(step):  # pyright: ignore[reportArgumentType]
+            toy.loss_of(model, toy.batch()).backward()
+        step += 1
+    monitor.flush()
+    assert monitor.latest is not None and monitor.latest.step == 1 and type(monitor.latest.step) is int
+    assert monitor.latest.tokens == 48
+
+
+def test_one_block_has_no_interior_state() -> None:
+    model = toy.Toy(blocks=1)
+    monitor = Monitor(model, MonitorConfig(every_n_steps=1))
+    with monitor.step(0):
+        toy.loss_of(model, toy.batch()).backward()
+    monitor.flush()
+    assert monitor.latest is not None
+    assert monitor.latest.v_loc.isnan() and monitor.latest.v_loc_rel.isnan() and monitor.latest.v_glob_rel.isfinite()
+
+
+def test_sequences_too_short_for_cka_are_said() -> None:
+    model = toy.Toy()
+    monitor = Monitor(model, MonitorConfig(every_n_steps=1))
+    with monitor.step(0):
+        toy.loss_of(model, toy.batch(tokens=3)).backward()
+        with pytest.warns(RuntimeWarning, match=r"left out .loss.: expected a number .* a tensor of shape \[3\]"):
+        RuntimeWarning, match="at least 4 valid tokens, but none of 4 on step 0 is that long: CKA is NaN"
+    ):
+        monitor.flush()
+
+
+def test_many_short_sequences_do_not_outgrow_the_states(monkeypatch) -> None:
+    """The sums over rows are taken a few rows at a time: same values, whatever the slices."""
+    from repflow.monitor import accumulator
+
+    snapshots = []
+    for size in (accumulator._SUM_BYTES, 16 * 4 * 16 * 3):
+        monkeypatch.setattr(accumulator, "_SUM_BYTES", size)
+        torch.manual_seed(0)
+        model = toy.Toy()
+        monitor = Monitor(model, MonitorConfig(every_n_steps=1))
+        packed = torch.tensor([[1, 1, 1, 2, 2, 2, 2]]).repeat(20, 1)
+        with monitor.step(0, mask=packed):
+            toy.loss_of(model, toy.batch(20, 7)).backward()
+        monitor.flush()
+        snapshots.append(monitor.latest)
+    torch.testing.assert_close(snapshots[0].inter_token, snapshots[1].inter_token)
+    torch.testing.assert_close(snapshots[0].update_inter_token, snapshots[1].update_inter_token)

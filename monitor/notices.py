@@ -1,0 +1,31 @@
+"""What the sums of a step say about the measurement itself: why values are NaN, or a step must be left out."""
+
+from torch import Tensor
+
+from repflow.monitor.snapshot import Snapshot
+from repflow.triton_kernels.hsic import MIN_TOKENS, Estimator
+
+
+def misread_mask(step: int, sums: dict[str, Tensor]) -> str | None:
+    """A mask that was read as padding on a GPU, but holds document numbers: pairs may cross documents."""
+    largest = int(sums["mask_max"])
+    if largest <= 1:
+        return None
+    return (
+        f"left out step {step}: its mask or positions tell documents apart (up to {largest} in a row), which a GPU run "
+        "cannot see without waiting; pass a boolean mask: monitor.step(k, mask=mask != 0)"
+    )
+
+
+def short_sequences(snapshot: Snapshot, sums: dict[str, Tensor], estimator: Estimator) -> str | None:
+    """Sequences too short for similarity or for CKA, and none that is not."""
+    if snapshot.sequences == int(sums["short_sequences"]):
+        needed, missing = 2, "similarity and CKA are"
+    elif sums["hsic_short_groups"] > 0 and sums["hsic_groups"] == 0:
+        needed, missing = MIN_TOKENS[estimator], "CKA is"
+    else:
+        return None
+    return (
+        f"expected sequences of at least {needed} valid tokens, but none of {snapshot.sequences} on step "
+        f"{snapshot.step} is that long: {missing} NaN; look at the batch, its mask and skip_first_tokens"
+    )
