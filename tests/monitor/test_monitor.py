@@ -488,7 +488,7 @@ def test_what_is_logged_is_checked_and_copied() -> None:
     loss = torch.tensor(2.0)
     with monitor.step(0):
         toy.loss_of(model, toy.batch()).backward()
-        with pytest.warns(RuntimeWarning, match=r"left out 'loss': expected a number .* got a tensor of shape \[3\]"):
+        with pytest.warns(RuntimeWarning, match=r"left out 'loss': expected a number .* a tensor of shape \[3\]"):
             monitor.log(loss=torch.ones(3))
         with pytest.warns(RuntimeWarning, match="left out 'note': expected a number .* got 'text'"):
             monitor.log(note="text", loss=loss)  # pyright: ignore[reportArgumentType]
@@ -525,7 +525,7 @@ def test_sequences_too_short_for_cka_are_said() -> None:
     monitor = Monitor(model, MonitorConfig(every_n_steps=1))
     with monitor.step(0):
         toy.loss_of(model, toy.batch(tokens=3)).backward()
-        with pytest.warns(RuntimeWarning, match=r"left out .loss.: expected a number .* a tensor of shape \[3\]"):
+    with pytest.warns(
         RuntimeWarning, match="at least 4 valid tokens, but none of 4 on step 0 is that long: CKA is NaN"
     ):
         monitor.flush()
