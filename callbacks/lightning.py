@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from repflow._imports import LIGHTNING, require
-from repflow.monitor import Monitor, MonitorConfig, RunInfo, Snapshot
+from repflow.monitor import Monitor, MonitorConfig, RunInfo, Snapshot, find_residual_stream
 from repflow.monitor.sinks import AbstractSink, LoggerSink, RunFileSink
 from repflow.monitor.sinks._keys import StateChoice, scalar_items
 
@@ -84,6 +84,8 @@ class RepresentationMonitor(Callback):
         self._close()
         self.monitor = None
         if not trainer.is_global_zero:
+            # An error must come on all ranks, or the others would wait for the first for ever.
+            find_residual_stream(pl_module, self._blocks, stream=self._stream)
             return
         own = self._sinks
         if own is None:
@@ -124,12 +126,12 @@ class RepresentationMonitor(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Deliver what is in flight before other callbacks look at `callback_metrics`."""
         if self.monitor is not None:
-            self.monitor.flush()
+            self.monitor.wait()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Deliver what is in flight; with several ranks, give all of them the same `callback_metrics`."""
         if self.monitor is not None:
-            self.monitor.flush()
+            self.monitor.wait()
         if trainer.world_size > 1:
             trainer.callback_metrics.update(trainer.strategy.broadcast(self._scalars.latest, src=0))
 

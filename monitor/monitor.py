@@ -177,6 +177,10 @@ class Monitor:
         Inside of `with monitor.step(k)` the step goes on, and only earlier ones are waited for.
         """
         self._guard(self._send)()
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until every step that was published has reached the sinks; the current step goes on."""
         self._guard(functools.partial(self._collect, wait=True))()
         self._guard(self._sink.flush)()
 

@@ -147,6 +147,13 @@ def test_sanity_checks_and_validation_are_not_recorded(tmp_path) -> None:
     assert [s.step for s in sink.snapshots] == list(range(12))
 
 
+def test_validation_in_the_middle_of_an_accumulated_step(tmp_path) -> None:
+    sink = Keep()
+    monitor = RepresentationMonitor(every_n_steps=1, sinks=[sink])
+    fit(tmp_path, monitor, val_check_interval=1, accumulate_grad_batches=3, max_epochs=1)
+    assert [(s.step, s.tokens) for s in sink.snapshots] == [(0, 96), (1, 96)]
+
+
 def test_validate_alone_measures_nothing(tmp_path) -> None:
     sink = Keep()
     trainer = Trainer(
