@@ -48,10 +48,12 @@ def _without_traceback() -> Iterator[None]:
 
 def _can_be_mended(error: Exception) -> bool:
     """Whether it is of the user's making; any other `ValueError` is a bug."""
+    if not isinstance(error, ValueError):
+        return True
     from repflow.monitor.demo import DemoError
     from repflow.monitor.sinks import RunFileError
 
-    return not isinstance(error, ValueError) or isinstance(error, (DemoError, RunFileError))
+    return isinstance(error, (DemoError, RunFileError))
 
 
 def _print_what_the_terminal_can() -> None:
@@ -78,6 +80,24 @@ def main(
     _print_what_the_terminal_can()
 
 
+_Size = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Size of the models: small, medium or large, about 1.5, 30 or 160 million parameters; the larger two "
+        "are meant for a GPU. Default: small on a CPU, medium on a GPU.",
+    ),
+]
+_Text = Annotated[
+    Path | None,
+    typer.Option(
+        parser=_path,
+        metavar="PATH",
+        help="A file or folder to learn from. Default: the source of Python's standard library.",
+    ),
+]
+
+
 @app.command()
 def demo(
     model: Annotated[
@@ -89,23 +109,9 @@ def demo(
         int | None, typer.Option(help="Optimizer steps between snapshots. Default: for up to 20 snapshots.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the order of the text.")] = 0,
-    size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Size of the models: small, medium or large, about 1.5, 30 or 160 million parameters; the larger two "
-            "are meant for a GPU. Default: small on a CPU, medium on a GPU.",
-        ),
-    ] = None,
+    size: _Size = None,
     quick: Annotated[bool, typer.Option("--quick", help="A shorter training, to see that everything works.")] = False,
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            parser=_path,
-            metavar="PATH",
-            help="A file or folder to learn from. Default: the source of Python's standard library.",
-        ),
-    ] = None,
+    text: _Text = None,
     out: Annotated[
         Path, typer.Option(parser=_path, metavar="PATH", help="Folder for run files, W&B runs and the report.")
     ] = Path("repflow-demo"),

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from repflow.monitor.demo import DemoError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -133,13 +135,13 @@ def choose_models(names: Sequence[str], size: str) -> list[DemoModel]:
     """The models of a size, or those of them that are named, in the order of the table.
 
     Raises:
-        ValueError: an unknown size or name; the message lists the known ones.
+        DemoError: an unknown size or name; the message lists the known ones.
     """
     if size not in MODELS:
-        raise ValueError(f"--size: expected one of {', '.join(MODELS)}, got {size!r}")
+        raise DemoError(f"--size: expected one of {', '.join(MODELS)}, got {size!r}")
     models = MODELS[size]
     known = [model.name for model in models]
     for name in names:
         if name not in known:
-            raise ValueError(f"--model: expected one of {', '.join(known)}, got {name!r}")
+            raise DemoError(f"--model: expected one of {', '.join(known)}, got {name!r}")
     return [model for model in models if not names or model.name in names]

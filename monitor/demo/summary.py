@@ -44,15 +44,27 @@ class RunSummary:
     """Spent on monitoring over all snapshots."""
 
 
-def summarise(path: Path) -> RunSummary | None:
-    """Read the latest attempt of a run file; None if there is no file, or no snapshot in it yet.
+def last_attempt(path: Path) -> int:
+    """Number of the latest attempt in a run file; 0 if the file is missing, or was left empty by a full disk.
 
     Raises:
         RunFileError: not a run file.
     """
-    if not path.exists():
+    if not path.exists() or (path.is_file() and path.stat().st_size == 0):
+        return 0
+    return int(open_run(path).attrs["attempt"])
+
+
+def summarise(path: Path, *, attempt: int = 1) -> RunSummary | None:
+    """Read the latest attempt of a run file; None if it is older than `attempt`, or holds no snapshot yet.
+
+    Raises:
+        RunFileError: not a run file.
+    """
+    latest = last_attempt(path)
+    if latest < attempt:
         return None
-    run = open_run(path, attempt=int(open_run(path).attrs["attempt"]))
+    run = open_run(path, attempt=latest)
     if run.sizes["step"] == 0:
         return None
     last = run.isel(step=-1)
@@ -88,7 +100,7 @@ def show_table(console: Console, outcomes: Sequence["Outcome"], summaries: Seque
         table.add_row(label, *(column[label] for column in columns))
     console.print(table)
     console.print(
-        "loss: validation, nats per byte, before and after training. inter-token similarity: 0 for tokens in "
+        "validation loss: nats per byte, before and after training. inter-token similarity: 0 for tokens in "
         "unrelated directions, 1 for tokens collapsed onto each other.",
         style="dim",
     )
@@ -101,7 +113,7 @@ def _column(outcome: "Outcome", run: RunSummary | None) -> dict[str, str]:
         "parameters": f"{run.parameters:,}" if run else _NOTHING,
         "blocks": " + ".join(f"{count} {kind}" for kind, count in run.blocks.items()) if run else _NOTHING,
         "steps (snapshots)": f"{outcome.steps} ({run.snapshots if run else 0})",
-        "loss": f"{outcome.first_loss:.2f} → {outcome.last_loss:.2f}",
+        "validation loss": f"{_loss(outcome.first_loss)} → {_loss(outcome.last_loss)}",
     }
     for position, name in enumerate(("first", "middle", "last")):
         cells[f"inter-token similarity, {name} state"] = f"{run.inter_token[position]:.3f}" if run else _NOTHING
@@ -113,23 +125,38 @@ def _column(outcome: "Outcome", run: RunSummary | None) -> dict[str, str]:
     return cells
 
 
-def show_paths(console: Console, outcomes: Sequence["Outcome"], runs: Sequence[Path], report: Path | None) -> None:
-    """Print where the run files, the W&B runs and the report lie, and how to make the report again."""
+def _loss(loss: float | None) -> str:
+    return _NOTHING if loss is None else f"{loss:.2f}"
+
+
+def show_runs(console: Console, outcomes: Sequence["Outcome"], runs: Sequence[Path]) -> None:
+    """Print where the run files and the W&B runs lie, and what failed."""
     for run in runs:
         _show(console, "run file", shown(run))
     for outcome in outcomes:
         if outcome.tracking is not None:
             where = outcome.tracking.where
             _show(console, "W&B", shown(Path(where)) if Path(where).is_absolute() else where)
-    if report is not None:
+    for outcome in outcomes:
+        if (error := outcome.error) is not None:
+            failure = f"{outcome.model.name} failed: {type(error).__name__}: {' '.join(str(error).split())}"
+            console.print(Text(failure, style="red"), soft_wrap=True)
+
+
+def show_report(console: Console, runs: Sequence[Path], report: Path, *, missing: str | None) -> None:
+    """Print where the report lies, or the reason why it is `missing`, and how to make it again."""
+    if missing is None:
         _show(console, "report", f"{shown(report)}  (open it in a browser)")
+    else:
+        _show(console, "report", f"none, because {missing}", style="red")
+    if runs:
         command = ["repflow report", *(quote(shown(run)) for run in runs), "-o", quote(shown(report))]
         _show(console, "again", " ".join(command))
 
 
-def _show(console: Console, label: str, value: str) -> None:
+def _show(console: Console, label: str, value: str, style: str = "none") -> None:
     # Not wrapped, whatever the width of the terminal, so that it can be copied.
-    console.print(Text(f"{label:<10}", style="bold").append(value, style="none"), soft_wrap=True)
+    console.print(Text(f"{label:<10}", style="bold").append(value, style=style), soft_wrap=True)
 
 
 def shown(path: Path) -> str:

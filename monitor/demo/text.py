@@ -11,6 +11,8 @@ from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from repflow.monitor.demo import DemoError
+
 MAX_BYTES = 8 * 2**20
 """Reading stops here: a demo sees far fewer bytes than this."""
 
@@ -18,10 +20,6 @@ VALIDATION_SHARE = 0.05
 
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "encodings", "__pycache__"}
 """Folders of the standard library that are not its source (tests, fixtures, installed packages) or are mere tables."""
-
-
-class TextError(ValueError):
-    """The text cannot be trained on; the message says why and what would do."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +59,13 @@ def load_corpus(path: Path | None, *, sequence: int, batch: int) -> Corpus:
     most `MAX_BYTES` are read. Of the bytes, `VALIDATION_SHARE` but at least one window of `sequence` is held out.
 
     Raises:
-        TextError: missing, empty or unreadable, or fewer bytes than one training batch and one validation window.
+        DemoError: missing, empty or unreadable, or fewer bytes than one training batch and one validation window.
     """
     data = _read(path)
     source = str(path) if path is not None else "the Python standard library"
     needed = (batch + 1) * sequence + 2
     if len(data) < needed:
-        raise TextError(
+        raise DemoError(
             f"--text: one batch of {batch} × {sequence} bytes and a window held out take at least {needed:,} bytes, "
             f"{source} holds {len(data):,}; pass a larger file or a folder of text"
         )
@@ -82,7 +80,7 @@ def _read(path: Path | None) -> bytes:
     if path is None:
         path, files = _standard_library()
     elif not path.exists():
-        raise TextError(f"--text: no such file or folder: {path}")
+        raise DemoError(f"--text: no such file or folder: {path}")
     else:
         files = [path] if path.is_file() else _text_files(path)
     parts: list[bytes] = []
@@ -98,7 +96,7 @@ def _read(path: Path | None) -> bytes:
             break
     data = b"".join(parts)
     if not data:
-        raise TextError(f"--text: {path} holds no text; pass a file, or a folder with text files")
+        raise DemoError(f"--text: {path} holds no text; pass a file, or a folder with text files")
     return data
 
 
@@ -107,14 +105,14 @@ def _head(file: Path, size: int) -> bytes:
         with file.open("rb") as stream:
             return stream.read(size)
     except OSError as error:
-        raise TextError(f"--text: cannot read {file}: {error.strerror}") from error
+        raise DemoError(f"--text: cannot read {file}: {error.strerror}") from error
 
 
 def _standard_library() -> tuple[Path, list[Path]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [file for file in root.rglob("*.py") if not _SKIPPED & set(file.relative_to(root).parts)]
     if not files:
-        raise TextError(f"this Python carries no source of its standard library in {root}; pass --text PATH")
+        raise DemoError(f"this Python carries no source of its standard library in {root}; pass --text PATH")
     return root, _mixed(files)
 
 

@@ -45,6 +45,12 @@ def _netrc_file() -> Path:
     return usual if usual.exists() else Path.home() / "_netrc"
 
 
+def _unset_empty_variables() -> None:
+    """To W&B an empty `WANDB_MODE` is a wrong one; to a shell's user it is none."""
+    for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
+        del os.environ[name]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tracking:
     """A W&B run, or the reason why there is none."""
@@ -64,6 +70,7 @@ def start_tracking(name: str, *, folder: Path) -> Tracking:
 
     A run that cannot be started is no reason not to train.
     """
+    _unset_empty_variables()
     if not WANDB:
         return Tracking(where="none: wandb is not installed (pip install 'repflow[wandb]')")
     mode = wandb_mode()
@@ -76,5 +83,5 @@ def start_tracking(name: str, *, folder: Path) -> Tracking:
         with redirect_stderr(StringIO()):
             run = logger.experiment
     except Exception as error:
-        return Tracking(where=f"none: {type(error).__name__}: {error}")
+        return Tracking(where=f"none: {type(error).__name__}: {' '.join(str(error).split())}")
     return Tracking(logger=logger, where=(None if run.offline else run.url) or str(Path(run.dir).parent))

@@ -17,29 +17,15 @@ from torch.utils.data import DataLoader, Subset
 from repflow.callbacks import RepresentationMonitor
 from repflow.monitor.demo.language_model import ByteLanguageModel
 from repflow.monitor.demo.models import DemoModel, Recipe
+from repflow.monitor.demo.options import Demo
 from repflow.monitor.demo.progress import TrainingProgress
+from repflow.monitor.demo.summary import last_attempt
 from repflow.monitor.demo.text import ByteWindows, Corpus
 from repflow.monitor.demo.tracking import Tracking, start_tracking
 from repflow.monitor.sinks import RunFileSink
 
 VALIDATION_SEQUENCES = 16
 """Held-out sequences, spread evenly, on which the loss is taken before and after training."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What all models of a demo share."""
-
-    recipe: Recipe
-    """Shape of a batch, and the learning rate."""
-    steps: int
-    """Optimizer steps."""
-    every_n_steps: int
-    """Steps between snapshots."""
-    seed: int
-    """Seeds weights and the order of the text."""
-    folder: Path
-    """Where everything is written."""
 
 
 @dataclass(kw_only=True)
@@ -49,14 +35,16 @@ class Outcome:
     model: DemoModel
     run_file: Path
     """Holds the snapshots, also those of a training that was cut off."""
+    attempt: int = 1
+    """Number of its attempt in the run file; lower ones are of earlier demos."""
     tracking: Tracking | None = None
     steps: int = 0
     """Optimizer steps taken."""
     seconds: float = 0.0
     """Wall time of the training loop, monitoring included."""
-    first_loss: float = float("nan")
-    """Validation loss before the first step, in nats per byte."""
-    last_loss: float = float("nan")
+    first_loss: float | None = None
+    """Validation loss before the first step, in nats per byte; None if it was not reached."""
+    last_loss: float | None = None
     """Validation loss after the last step."""
     error: Exception | None = None
     """What ended the training."""
@@ -64,66 +52,71 @@ class Outcome:
     """Whether the user did."""
 
 
-def run_file(plan: Plan, model: DemoModel) -> Path:
-    """Where the run of a model is stored."""
-    return plan.folder / f"{model.name}.db"
-
-
 def device_name() -> str:
     """What the models train on, in words."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({torch.get_num_threads()} threads)"
 
 
-def train(model: DemoModel, plan: Plan, corpus: Corpus, console: Console) -> Outcome:
+def train(model: DemoModel, demo: Demo, corpus: Corpus, console: Console) -> Outcome:
     """Train and monitor one model. Failures and Ctrl-C end up in the outcome."""
-    outcome = Outcome(model=model, run_file=run_file(plan, model))
+    outcome = Outcome(model=model, run_file=demo.run_file(model))
     with _quiet_libraries():
-        try:
-            outcome.tracking = start_tracking(model.name, folder=plan.folder)
-            _fit(outcome, plan, corpus, console)
-        except KeyboardInterrupt:
-            outcome.interrupted = True
-        except Exception as error:
-            outcome.error = error
-        finally:
+        with _noting(outcome):
+            outcome.attempt = last_attempt(outcome.run_file) + 1
+            outcome.tracking = start_tracking(model.name, folder=demo.folder)
+            _fit(outcome, demo, corpus, console)
+        with _noting(outcome):
             if outcome.tracking is not None:
                 outcome.tracking.finish(failed=outcome.interrupted or outcome.error is not None)
     return outcome
 
 
-def _fit(outcome: Outcome, plan: Plan, corpus: Corpus, console: Console) -> None:
-    L.seed_everything(plan.seed, verbose=False)
-    recipe, timer = plan.recipe, Timer()
-    module = ByteLanguageModel(outcome.model.build(), learning_rate=recipe.learning_rate, steps=plan.steps)
+@contextmanager
+def _noting(outcome: Outcome) -> Iterator[None]:
+    """Let what ends a training go no further than into its outcome."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        outcome.interrupted = True
+    except Exception as error:
+        outcome.error = outcome.error or error  # the first one is the cause
+
+
+def _fit(outcome: Outcome, demo: Demo, corpus: Corpus, console: Console) -> None:
+    L.seed_everything(demo.seed, verbose=False)
+    recipe, timer = demo.recipe, Timer()
+    module = ByteLanguageModel(outcome.model.build(), learning_rate=recipe.learning_rate, steps=demo.steps)
     monitor = RepresentationMonitor(
-        every_n_steps=plan.every_n_steps, name=outcome.model.name, sinks=[RunFileSink(outcome.run_file)]
+        every_n_steps=demo.every_n_steps, name=outcome.model.name, sinks=[RunFileSink(outcome.run_file)]
     )
-    with TrainingProgress(console, label=outcome.model.name, steps=plan.steps) as progress:
-        trainer = _trainer(plan, [monitor, timer, progress], outcome.tracking)
+    with TrainingProgress(console, label=outcome.model.name, steps=demo.steps) as progress:
+        trainer = _trainer(demo, [monitor, timer, progress], outcome.tracking)
         validation = _validation_loader(corpus, recipe)
-        outcome.first_loss = _validate(trainer, module, validation)
         try:
             with _interruptible():
-                trainer.fit(module, _training_loader(corpus, recipe, plan.seed))
+                outcome.first_loss = _validate(trainer, module, validation)
+                trainer.fit(module, _training_loader(corpus, recipe, demo.seed))
         except KeyboardInterrupt:
             outcome.interrupted = True
         finally:
             outcome.steps, outcome.seconds = trainer.global_step, timer.time_elapsed("train")
-        outcome.last_loss = _validate(trainer, module, validation)
+        if outcome.steps:
+            with _interruptible():
+                outcome.last_loss = _validate(trainer, module, validation)
 
 
-def _trainer(plan: Plan, callbacks: list[L.Callback], tracking: Tracking | None) -> L.Trainer:
+def _trainer(demo: Demo, callbacks: list[L.Callback], tracking: Tracking | None) -> L.Trainer:
     cuda = torch.cuda.is_available()
     return L.Trainer(
         accelerator="cuda" if cuda else "cpu",
         devices=1,
         precision="bf16-mixed" if cuda and torch.cuda.is_bf16_supported() else "32-true",
-        max_steps=plan.steps,
+        max_steps=demo.steps,
         gradient_clip_val=1.0,
         callbacks=callbacks,
         logger=tracking.logger if tracking is not None and tracking.logger is not None else False,
         log_every_n_steps=1,
-        default_root_dir=plan.folder,
+        default_root_dir=demo.folder,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,

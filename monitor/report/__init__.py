@@ -10,11 +10,12 @@ from repflow._imports import require
 __all__ = ["write_report"]
 
 
-def write_report(paths: Sequence[str | PathLike[str]], output: str | PathLike[str]) -> Path:
+def write_report(paths: str | PathLike[str] | Sequence[str | PathLike[str]], output: str | PathLike[str]) -> Path:
     """Write one HTML page that shows the runs side by side; it needs no network, no account and no other file.
 
     Args:
-        paths: Run files, in the order in which the page shows them. Runs of one name are told apart by their paths.
+        paths: A run file, or several in the order in which the page shows them. Runs of one name are told apart by
+            their paths.
         output: The page to write. Missing folders are made; an existing file is replaced once the page is complete.
 
     Returns:
@@ -32,8 +33,9 @@ def write_report(paths: Sequence[str | PathLike[str]], output: str | PathLike[st
     from repflow.monitor.report._runs import load_runs
 
     target = Path(output)
-    runs = load_runs(paths)
-    if any(target.resolve() == Path(path).resolve() for path in paths):
+    files = [Path(path) for path in ([paths] if isinstance(paths, str | PathLike) else paths)]
+    runs = load_runs(files)
+    if any(target.resolve() == file.resolve() for file in files):
         raise ValueError(f"`write_report`: the output {target} is one of the run files; give another output")
     _write(target, render_page(runs))
     return target

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repflow.monitor.report._runs import Run
+from repflow.monitor.report._thin import HEATMAP_COLUMNS, spread
 
 Figure = dict[str, Any]
 """A Plotly figure, or a part of one."""
@@ -30,7 +31,8 @@ def value_axis(title: str, values: Sequence[Floats], *, bounds: tuple[float, flo
     if bounds is None and low > 0 and high / low > EXTREME_RATIO:
         return _log_axis(title, low, high)
     air = 0.05 * (high - low) or abs(high) * 0.05 or 1.0
-    return {"title": {"text": _axis_title(title)}, "range": [low - air, high + air]}
+    # Not 200µ, as Plotly would have it.
+    return {"title": {"text": _axis_title(title)}, "range": [low - air, high + air], "exponentformat": "e"}
 
 
 def _log_axis(title: str, low: float, high: float) -> Figure:
@@ -53,6 +55,24 @@ def finite_range(values: Sequence[Floats], bounds: tuple[float, float] | None = 
     parts = [part[np.isfinite(part)] for part in values]
     found = np.concatenate([np.asarray(bounds or (), dtype=np.float64), *parts])
     return (float(found.min()), float(found.max())) if found.size else (0.0, 1.0)
+
+
+def shown_steps(runs: Sequence[Run]) -> tuple[float, float]:
+    """First and last step of all runs, and half a column of the widest heatmap on both sides, so that none is cut."""
+    first, last = min(run.steps[0] for run in runs), max(run.steps[-1] for run in runs)
+    margin = max(column_width(run.steps, float(last - first)) for run in runs) / 2
+    return float(first) - margin, float(last) + margin
+
+
+def column_width(steps: NDArray[np.int64], span: float) -> int:
+    """The most steps that a heatmap's column of one snapshot covers: the median gap between those that are shown.
+
+    A single snapshot covers a fiftieth of the `span` of the axis, so that it can be seen.
+    """
+    if len(steps) == 1:
+        return max(1, int(span) // 50)
+    stride = int(np.diff(spread(len(steps), HEATMAP_COLUMNS)).max())
+    return int(np.ceil(np.median(np.diff(steps)))) * stride
 
 
 def step_axis(step_range: tuple[float, float]) -> Figure:

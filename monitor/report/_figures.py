@@ -8,8 +8,9 @@ the page: HTML does that around them, and the page's script sets the theme.
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from repflow.monitor.report._axes import Figure, Floats, depth_axis, plotly_text, step_axis
+from repflow.monitor.report._axes import Figure, Floats, column_width, depth_axis, plotly_text, step_axis
 from repflow.monitor.report._runs import Run
 from repflow.monitor.report._thin import CURVE_POINTS, HEATMAP_COLUMNS, bin_maxima, rounded, spread
 
@@ -21,6 +22,7 @@ KIND_COLORS = {
     "recurrent": "#ffaabb",
     "mlp": "#99ddff",
     "moe": "#44bb99",
+    "conv": "#bbcc33",
 }
 """Fill of each kind of block (Paul Tol's light scheme: made to carry text, and safe for colour-blind readers)."""
 OTHER_KIND_COLOR = "#c8c8c8"
@@ -46,14 +48,17 @@ def depth_heatmap(
 ) -> Figure:
     """Depth × step of a variable over states or blocks (`over`): at most `HEATMAP_COLUMNS` snapshots.
 
-    `reduce="pick"` shows single snapshots, `reduce="max"` the largest value since the column before.
+    `reduce="pick"` shows single snapshots, `reduce="max"` the largest value since the column before. Where nothing was
+    measured for longer than usual, empty columns keep the others from being painted over the gap.
     """
     kept = spread(len(run.steps), HEATMAP_COLUMNS)
     values = run.values(name)
     columns = values[kept] if reduce == "pick" else bin_maxima(values, HEATMAP_COLUMNS)
+    width = column_width(run.steps, step_range[1] - step_range[0])
+    steps, columns = with_gaps(run.steps[kept], columns, width)
     trace = {
         "type": "heatmap",
-        "x": run.steps[kept].tolist(),
+        "x": steps.tolist(),
         "y": list(range(columns.shape[1])),
         "z": rounded(columns.T),
         "meta": _depth_labels(run, over),
@@ -162,6 +167,22 @@ def step_curves(
             }
         )
     return {"data": traces, "layout": _layout(step_axis(step_range), y_axis)}
+
+
+def with_gaps(steps: NDArray[np.int64], columns: Floats, width: int) -> tuple[NDArray[np.int64], Floats]:
+    """Columns of NaN beside those next to a gap of two `width`s or more, and on both sides of a single one.
+
+    Plotly draws the border of two columns halfway between them: one next to a column of NaN is `width` steps wide.
+    """
+    if len(steps) == 1:
+        before, after = steps, steps
+    else:
+        wide = np.diff(steps) >= 2 * width
+        before, after = steps[:-1][wide], steps[1:][wide]
+    empty = np.full((2 * len(before), columns.shape[1]), np.nan)
+    # A gap of two widths gets one column for both its sides.
+    places, kept = np.unique(np.concatenate([steps, before + width, after - width]), return_index=True)
+    return places, np.concatenate([columns, empty])[kept]
 
 
 def kind_letter(kind: str) -> str:

@@ -25,8 +25,8 @@ class Panel:
     """Data and layout for Plotly."""
     detail: str = ""
     """Plain text after the title, in lighter type."""
-    color: str | None = None
-    """Colour of the run, where the panel shows one run alone."""
+    run: Run | None = None
+    """The run, where the panel shows one alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def heatmaps(
             title=run.label,
             detail="" if np.isfinite(part).any() else "not measured",
             figure=figure,
-            color=run.color,
+            run=run,
         )
         for run, figure, part in zip(runs, figures, values, strict=True)
     ]
@@ -97,7 +97,7 @@ def curves_over_depth(runs: Sequence[Run], name: str, label: str, axis: Figure) 
             title=run.label,
             detail=f"{'steps' if len(run.steps) > 1 else 'step'} {_listed(run)}",
             figure=depth_curves(run, name, label=label, y_axis=axis, chosen=chosen(run)),
-            color=run.color,
+            run=run,
         )
         for run in runs
     ]
@@ -124,7 +124,7 @@ def chosen(run: Run) -> list[int]:
 
 
 def _listed(run: Run) -> str:
-    return ", ".join(f"{step:,}" for step in run.steps[chosen(run)])
+    return " · ".join(f"{step:,}" for step in run.steps[chosen(run)])
 
 
 def thinned(runs: Sequence[Run], limit: int, what: str, *, maxima: bool = False) -> str:

@@ -18,8 +18,13 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def run_name(run: Run) -> str:
-    """The run's name behind its colour."""
-    return f'<span class="run">{swatch(run.color)}{escape(run.label)}</span>'
+    """The run's name behind its line style."""
+    return f'<span class="run">{run_mark(run)}<span>{escape(run.label)}</span></span>'
+
+
+def run_mark(run: Run) -> str:
+    """The run's line style: more runs than there are colours differ in their dashes."""
+    return _line_sample(run.color, run.dash)
 
 
 def swatch(color: str, letter: str = "") -> str:
@@ -40,7 +45,7 @@ def kinds_legend(runs: Iterable[Run]) -> str:
 
 def runs_legend(runs: Iterable[Run]) -> str:
     """The line styles of the runs."""
-    items = (f"<span>{_line_sample(run.color, run.dash)}{escape(run.label)}</span>" for run in runs)
+    items = (f"<span>{run_mark(run)}<span>{escape(run.label)}</span></span>" for run in runs)
     return f'<span class="legend">{"".join(items)}</span>'
 
 

@@ -48,12 +48,12 @@ def _measured(run: Run) -> str:
         return "<strong>no snapshot yet</strong>"
     tokens, sequences = run.values("tokens"), run.values("sequences")
     start, end = (datetime.fromtimestamp(time, UTC) for time in run.values("time")[[0, -1]])
+    size, written = f"{_span(tokens)} tokens in {_span(sequences)} sequences", f"{start:%Y-%m-%d %H:%M}"
+    if count == 1:
+        return f"1 snapshot, step {run.steps[0]:,}; {size}; written {written} UTC"
     until = end.strftime("%H:%M" if end.date() == start.date() else "%Y-%m-%d %H:%M")
-    plural = "snapshots" if count > 1 else "snapshot"
-    return (
-        f"{count:,} {plural}, steps {run.steps[0]:,} – {run.steps[-1]:,}; {_span(tokens)} tokens in "
-        f"{_span(sequences)} sequences each; written {start:%Y-%m-%d %H:%M} – {until} UTC"
-    )
+    steps = f"{run.steps[0]:,} – {run.steps[-1]:,}"
+    return f"{count:,} snapshots, steps {steps}; {size} each; written {written} – {until} UTC"
 
 
 def _span(values: Floats) -> str:

@@ -11,7 +11,7 @@ from plotly.offline import get_plotlyjs
 
 from repflow.monitor.report import _text
 from repflow.monitor.report._groups import Group, Panel, Section
-from repflow.monitor.report._html import swatch
+from repflow.monitor.report._html import run_mark
 from repflow.monitor.report._overview import differences, run_card, summary_table
 from repflow.monitor.report._runs import Run
 from repflow.monitor.report._sections import build_sections
@@ -98,7 +98,7 @@ def _panel(title: str, panel: Panel, figures: list[dict[str, Any]]) -> str:
     """The place of a figure, whose data goes to `figures` under the same number."""
     number = len(figures)
     figures.append(panel.figure)
-    mark = swatch(panel.color) if panel.color else ""
+    mark = run_mark(panel.run) if panel.run else ""
     label = escape(f"{title}: {panel.title}")
     detail = f" <small>{escape(panel.detail)}</small>" if panel.detail else ""
     shown = ' <output class="shown"></output>' if "cka" in panel.figure else ""

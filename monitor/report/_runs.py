@@ -1,12 +1,10 @@
 """The runs of a report: opened, named apart, and given a colour."""
 
 import json
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +32,11 @@ class Run:
     """Place among the runs; decides colour and line style."""
     data: xr.Dataset
     """What `open_run` returned."""
-    warnings: tuple[str, ...] = ()
-    """What `open_run` warned of: a damaged file is read as far as it is whole."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """What `open_run` warned of: a damaged file is read as far as it is whole."""
+        return self.data.attrs["warnings"].splitlines()
 
     @property
     def color(self) -> str:
@@ -87,22 +88,21 @@ class Run:
         return self.data[name].values.astype(np.float64)
 
 
-def load_runs(paths: Sequence[str | PathLike[str]]) -> list[Run]:
+def load_runs(files: Sequence[Path]) -> list[Run]:
     """Open every run file.
 
     Raises:
         ValueError: No paths, or some that `open_run` cannot read. All of these are named with their reasons, so that no
             readable run is left out without a word.
     """
-    if not paths:
+    if not files:
         raise ValueError("`write_report`: expected at least one run file, got none; pass the paths of `*.db` run files")
-    files = [Path(path) for path in paths]
-    opened: list[tuple[xr.Dataset, tuple[str, ...]]] = []
+    opened: list[xr.Dataset] = []
     failures: list[str] = []
     for file in files:
         # Whatever is wrong with one file, the answer is the same: name it, and go on to the next.
         try:
-            opened.append(_open(file))
+            opened.append(open_run(file))
         except Exception as error:
             failures.append(f"  {file}: {error or type(error).__name__}")
     if failures:
@@ -111,21 +111,10 @@ def load_runs(paths: Sequence[str | PathLike[str]]) -> list[Run]:
             f"`write_report`: {len(failures)} of {len(files)} paths cannot be opened as run files; {remedy}\n"
             + "\n".join(failures)
         )
-    labels = distinct_labels([str(data.attrs["name"]) for data, _ in opened], files)
+    labels = distinct_labels([str(data.attrs["name"]) for data in opened], files)
     return [
-        Run(label=label, index=index, data=data, warnings=texts)
-        for index, (label, (data, texts)) in enumerate(zip(labels, opened, strict=True))
+        Run(label=label, index=index, data=data) for index, (label, data) in enumerate(zip(labels, opened, strict=True))
     ]
-
-
-def _open(file: Path) -> tuple[xr.Dataset, tuple[str, ...]]:
-    """A run and what there is to warn of, which the caller hears of too."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        data = open_run(file)
-    for warning in caught:
-        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    return data, tuple(str(warning.message) for warning in caught)
 
 
 def distinct_labels(names: Sequence[str], files: Sequence[Path]) -> list[str]:

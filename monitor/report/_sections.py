@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from repflow.monitor.report import _text
-from repflow.monitor.report._axes import Floats, finite_range, value_axis
+from repflow.monitor.report._axes import Figure, Floats, finite_range, shown_steps, value_axis
 from repflow.monitor.report._figures import cka_heatmap, depth_heatmap, depth_overlay
 from repflow.monitor.report._groups import (
     Group,
@@ -31,10 +31,7 @@ CLIPPED_SHARE = 0.2
 
 def build_sections(runs: Sequence[Run]) -> list[Section]:
     """All sections for runs that have at least one snapshot each."""
-    first, last = min(run.steps[0] for run in runs), max(run.steps[-1] for run in runs)
-    # Half a cell of the widest column on both sides, so that no heatmap is cut.
-    margin = max((float(np.diff(run.steps).max()) for run in runs if len(run.steps) > 1), default=1.0) / 2
-    steps = (float(first) - margin, float(last) + margin)
+    steps = shown_steps(runs)
     sections = [
         _inter_token(runs, steps),
         _adjacent(runs, steps),
@@ -63,16 +60,7 @@ def _inter_token(runs: Sequence[Run], steps: tuple[float, float]) -> Section:
         groups=[
             heatmaps(runs, maps, values, colors, label),
             curves_over_depth(runs, "inter_token", label, axis),
-            Group(
-                name="last step over depth",
-                legend=runs_legend(runs),
-                panels=[
-                    Panel(
-                        title="All runs at their last step",
-                        figure=depth_overlay(runs, "inter_token", over="state", label=label, y_axis=axis),
-                    )
-                ],
-            ),
+            _last_step(runs, depth_overlay(runs, "inter_token", over="state", label=label, y_axis=axis)),
         ],
     )
 
@@ -97,13 +85,17 @@ def _adjacent(runs: Sequence[Run], steps: tuple[float, float]) -> Section:
         text=_text.ADJACENT,
         groups=[
             heatmaps(runs, maps, values, colors, label, clipped=True),
-            Group(
-                name="last step over depth",
-                legend=runs_legend(runs),
-                panels=[Panel(title="All runs at their last step", figure=overlay)],
-            ),
+            _last_step(runs, overlay),
         ],
     )
+
+
+def _last_step(runs: Sequence[Run], figure: Figure) -> Group:
+    if len(runs) > 1:
+        panel = Panel(title="All runs at their last step", figure=figure)
+    else:
+        panel = Panel(title="Last step", detail=f"{runs[0].steps[-1]:,}", figure=figure)
+    return Group(name="last step over depth", legend=runs_legend(runs), panels=[panel])
 
 
 def _upper_range(values: Sequence[Floats]) -> tuple[float, float]:
@@ -125,9 +117,7 @@ def _cka(runs: Sequence[Run]) -> Section:
         estimator = str(run.data.attrs["cka_estimator"])
         measured = "" if payload["steps"] else " not measured"
         figure = {**cka_heatmap(run, colors), "cka": payload}
-        panels.append(
-            Panel(title=run.label, detail=f"{estimator} estimator,{measured}", figure=figure, color=run.color)
-        )
+        panels.append(Panel(title=run.label, detail=f"{estimator} estimator,{measured}", figure=figure, run=run))
     positions = sorted({step for payload in payloads for step in payload["steps"]})
     estimators = sorted({str(run.data.attrs["cka_estimator"]) for run in runs})
     return Section(

@@ -2,7 +2,6 @@
 
 import shutil
 import sqlite3
-import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -26,20 +25,27 @@ class RunFile:
     """Number of the attempt -> its run, in ascending order; at least one."""
     records: list[Record]
     """Every whole row, in the order in which they were stored."""
+    damage: str
+    """What is lost, in a sentence that begins with the path; empty where the file is whole."""
 
 
 def read_run_file(path: Path) -> RunFile:
-    """Everything that is whole in the file; what is lost is counted in one warning.
+    """Everything that is whole in the file, and a count of what is lost.
 
     Raises:
         FileNotFoundError: There is no such file.
-        RunFileError: It is no run file, or nothing can be read of it.
+        RunFileError: It is no run file, or nothing can be read of it, or not in this version.
     """
     identify(path)
     try:
         with _open(path) as db:
             attempts, bad_attempts = _attempts(db)
             records, stored = _records(db)
+    except ValueError as error:
+        raise RunFileError(
+            f"{path}: expected runs that this version of repflow can read, but {error}; open it with the version that "
+            "wrote it"
+        ) from error
     except sqlite3.Error as error:
         busy = "locked" in str(error)
         found, remedy = ("one that another process has locked", "try again") if busy else _BEYOND
@@ -47,8 +53,8 @@ def read_run_file(path: Path) -> RunFile:
     if not attempts:
         raise RunFileError("{}: expected a readable run file, found {}; {}".format(path, *_BEYOND))
     known = [record for record in records if record.attempt in attempts]
-    _warn_of_losses(path, lost=None if stored is None else stored - len(known), stored=stored, attempts=bad_attempts)
-    return RunFile(attempts, known)
+    lost = None if stored is None else stored - len(known)
+    return RunFile(attempts, known, _damage(path, lost=lost, stored=stored, attempts=bad_attempts))
 
 
 def copy_run_file(path: Path, target: Path) -> None:
@@ -152,13 +158,9 @@ def _row_by_row(db: sqlite3.Connection, stored: int) -> Iterator[tuple[Any, ...]
             yield row
 
 
-def _warn_of_losses(path: Path, *, lost: int | None, stored: int | None, attempts: int) -> None:
+def _damage(path: Path, *, lost: int | None, stored: int | None, attempts: int) -> str:
     if lost == 0 and not attempts:
-        return
+        return ""
     snapshots = "an unknown number of" if lost is None else f"{lost} of {stored}"
     also = f", and the description of {attempts} attempts" if attempts else ""
-    warnings.warn(
-        f"{path}: damaged; {snapshots} snapshots{also} could not be read and are left out",
-        RuntimeWarning,
-        stacklevel=4,
-    )
+    return f"{path}: damaged; {snapshots} snapshots{also} could not be read and are left out"

@@ -125,6 +125,8 @@ def identify(path: Path) -> None:
             f"{path}: expected a run file, found nothing there; run files are written by `RunFileSink`, by default to "
             "`repflow-runs/<name of the run>.db`: check the path, or the directory that the run was started in"
         )
+    if not path.is_file():
+        raise _refusal(path, "a pipe or a device", "check the path")
     with path.open("rb") as file:
         header = file.read(_HEADER_BYTES)
     if not header:

@@ -7,6 +7,7 @@ from repflow.monitor.sinks._base import AbstractSink
 from repflow.monitor.sinks._keys import StateChoice, scalar_items
 from repflow.monitor.sinks.heatmap import Heatmap, HeatmapSeries
 from repflow.monitor.snapshot import RunInfo, Snapshot
+from repflow.monitor.warning import warn
 
 
 class LoggerSink(AbstractSink):
@@ -14,7 +15,8 @@ class LoggerSink(AbstractSink):
 
     A logger has `log_metrics(metrics, step)`, and perhaps a `group_separator`. Heatmaps go to those with
     `log_image(key, images, step, caption=...)`, as WandbLogger has, or `experiment.add_image`, as TensorBoardLogger;
-    the others get none.
+    the others get none. A logger that fails is left out for the rest of the run, with one warning; one that fails at an
+    image, as all do without Pillow, gets scalars only.
 
     Args:
         loggers: The loggers, or a function that returns them, called at every snapshot (`lambda: trainer.loggers`).
@@ -38,24 +40,61 @@ class LoggerSink(AbstractSink):
         self._states: StateChoice = states
         self._max_images = max_images
         self._series = HeatmapSeries(max_images) if heatmaps else None
+        self._failed: list[Any] = []  # by identity: a logger need not be hashable
+        self._without_images: list[Any] = []
 
     def start(self, run: RunInfo) -> None:
-        """Begin a new series of heatmaps."""
+        """Begin a new series of heatmaps, and try every logger again."""
         if self._series is not None:
             self._series = HeatmapSeries(self._max_images)
+        self._failed, self._without_images = [], []
 
     def write(self, snapshot: Snapshot) -> None:
         """Log the scalars, and the heatmaps if it is their turn."""
-        loggers = self._loggers() if callable(self._loggers) else self._loggers
-        drawn = self._series.add(snapshot) if self._series is not None else []
-        for logger in loggers:
-            separator = getattr(logger, "group_separator", "/")
-            logger.log_metrics(scalar_items(snapshot, self._states, separator=separator), step=snapshot.step)
-            for heatmap in drawn:
-                _log_image(logger, f"repflow{separator}{heatmap.name}", heatmap)
+        for logger in self._working():
+            items = scalar_items(snapshot, self._states, separator=_separator(logger))
+            try:
+                logger.log_metrics(items, step=snapshot.step)
+            except Exception as error:
+                self._failed.append(logger)
+                warn(f"{_failure(logger, error)}; it gets nothing more of this run")
+        if self._series is not None:
+            self._log_images(self._series.add(snapshot))
 
     def close(self) -> None:
-        """Nothing to do: the loggers belong to the training loop, which may have closed them already."""
+        """Log the last heatmaps; the loggers stay open, since they belong to the training loop."""
+        if self._series is not None:
+            self._log_images(self._series.last())
+
+    def _working(self) -> list[Any]:
+        """The loggers that have not failed."""
+        loggers = self._loggers() if callable(self._loggers) else self._loggers
+        return [logger for logger in loggers if not _among(logger, self._failed)]
+
+    def _log_images(self, drawn: Sequence[Heatmap]) -> None:
+        if not drawn:
+            return
+        for logger in self._working():
+            if _among(logger, self._without_images):
+                continue
+            try:
+                for heatmap in drawn:
+                    _log_image(logger, f"repflow{_separator(logger)}{heatmap.name}", heatmap)
+            except Exception as error:
+                self._without_images.append(logger)
+                warn(f"{_failure(logger, error)}, at an image; it gets no more of them, while scalars go on")
+
+
+def _among(logger: Any, others: Iterable[Any]) -> bool:
+    return any(logger is other for other in others)
+
+
+def _separator(logger: Any) -> str:
+    return getattr(logger, "group_separator", "/")
+
+
+def _failure(logger: Any, error: Exception) -> str:
+    return f"{type(logger).__name__} failed with {type(error).__name__}: {error}"
 
 
 def _log_image(logger: Any, key: str, heatmap: Heatmap) -> None:

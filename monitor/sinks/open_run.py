@@ -2,7 +2,6 @@
 
 import json
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from torch.nn.functional import pad
 from repflow.monitor.sinks._reading import RunFile, read_run_file
 from repflow.monitor.sinks._schema import Record, RunFileError
 from repflow.monitor.snapshot import POSITION_BINS, RunInfo, SumLayout
+from repflow.monitor.warning import warn
 
 if TYPE_CHECKING:
     import xarray
@@ -49,7 +49,8 @@ def open_run(path: str | os.PathLike[str], *, window: int = 1, attempt: int | No
     block l, from state l to l + 1; coords `block_kind`, `block_name`) and `position` (centres of 64 bins of relative
     position in the sequence). Variables: the values of `Snapshot` under the same names, `local_variance` by state with
     NaN at both ends, `time` (Unix, s), and one for each of `Snapshot.scalars`, such as `loss`, NaN where a step has
-    none; a scalar with the name of another variable or dim gets the prefix `scalar_`. Attrs say what was monitored.
+    none; a scalar with the name of another variable or dim gets the prefix `scalar_`. Attrs say what was monitored, and
+    `warnings`, line by line, what is missing; the same is warned of.
 
     A run that was resumed has several attempts. By default the latest has the say: what an earlier one measured at or
     after the first step of a later one is left out, and so are attempts with another number of states than the last.
@@ -71,9 +72,13 @@ def open_run(path: str | os.PathLike[str], *, window: int = 1, attempt: int | No
         raise ValueError(f"`open_run`: expected window= to be a number of snapshots of at least 1, got {window!r}")
     path = Path(path)
     file = read_run_file(path)
-    number, records = _latest(path, file) if attempt is None else (attempt, _only(path, file, attempt))
-    run = file.attempts[number]
-    return _dataset(run, number, [records[start : start + window] for start in range(0, len(records), window)])
+    number = max(file.attempts) if attempt is None else attempt
+    records = _merged(file) if attempt is None else _only(path, file, attempt)
+    missing = [text for text in (file.damage, _left_out(path, file) if attempt is None else "") if text]
+    for text in missing:
+        warn(text)
+    windows = [records[start : start + window] for start in range(0, len(records), window)]
+    return _dataset(file.attempts[number], windows, {"attempt": number, "warnings": "\n".join(missing)})
 
 
 def _only(path: Path, file: RunFile, attempt: int) -> list[Record]:
@@ -83,26 +88,32 @@ def _only(path: Path, file: RunFile, attempt: int) -> list[Record]:
     return _of(file, attempt)
 
 
-def _latest(path: Path, file: RunFile) -> tuple[int, list[Record]]:
-    """Number of the last attempt, and the records that no later attempt supersedes."""
-    last = max(file.attempts)
-    num_states = file.attempts[last].num_states
-    others = [number for number, run in file.attempts.items() if run.num_states != num_states]
-    if others:
-        warnings.warn(
-            f"{path}: attempts {', '.join(map(str, others))} are left out: the last has {num_states} states and they "
-            "do not; attempt= reads one of them",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+def _merged(file: RunFile) -> list[Record]:
+    """The records that no later attempt supersedes, of the attempts with as many states as the last."""
+    others = _of_another_depth(file)
     kept: list[Record] = []
     for number in file.attempts:
-        if number in others:
-            continue
-        new = _of(file, number)
+        new = [] if number in others else _of(file, number)
         if new:
             kept = [record for record in kept if record.step < new[0].step] + new
-    return last, kept
+    return kept
+
+
+def _of_another_depth(file: RunFile) -> list[int]:
+    """Numbers of the attempts with another number of states than the last."""
+    num_states = file.attempts[max(file.attempts)].num_states
+    return [number for number, run in file.attempts.items() if run.num_states != num_states]
+
+
+def _left_out(path: Path, file: RunFile) -> str:
+    others = _of_another_depth(file)
+    if not others:
+        return ""
+    num_states = file.attempts[max(file.attempts)].num_states
+    return (
+        f"{path}: attempts {', '.join(map(str, others))} are left out: the last has {num_states} states and they "
+        "do not; attempt= reads one of them"
+    )
 
 
 def _of(file: RunFile, attempt: int) -> list[Record]:
@@ -131,7 +142,7 @@ def _scalars(windows: Sequence[Sequence[Record]]) -> dict[str, np.ndarray]:
     return scalars
 
 
-def _dataset(run: RunInfo, attempt: int, windows: Sequence[Sequence[Record]]) -> "xarray.Dataset":
+def _dataset(run: RunInfo, windows: Sequence[Sequence[Record]], attrs: Mapping[str, Any]) -> "xarray.Dataset":
     import xarray  # slow to import, and writing a run does not need it
 
     steps = np.array([window[-1].step for window in windows], dtype=np.int64)
@@ -152,7 +163,7 @@ def _dataset(run: RunInfo, attempt: int, windows: Sequence[Sequence[Record]]) ->
     for name, array in _scalars(windows).items():
         free = f"scalar_{name}" if name in variables or name in coords else name
         variables[free] = ("step", array, {"long_name": f"{name}, as the training loop logged it", "units": "1"})
-    return xarray.Dataset(variables, coords, _attrs(run, attempt))
+    return xarray.Dataset(variables, coords, {**_attrs(run), **attrs})
 
 
 def _coords(run: RunInfo) -> dict[str, Any]:
@@ -168,7 +179,7 @@ def _coords(run: RunInfo) -> dict[str, Any]:
     }
 
 
-def _attrs(run: RunInfo, attempt: int) -> dict[str, Any]:
+def _attrs(run: RunInfo) -> dict[str, Any]:
     config: Mapping[str, Any] = run.config
     return {
         "name": run.name,
@@ -179,5 +190,4 @@ def _attrs(run: RunInfo, attempt: int) -> dict[str, Any]:
         "versions": json.dumps(dict(run.versions), ensure_ascii=False),
         "cka_estimator": str(config.get("cka_estimator", "unknown")),
         "states": str(config.get("states", "unknown")),
-        "attempt": attempt,
     }

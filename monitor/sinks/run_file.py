@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from zlib import crc32
 
@@ -21,6 +22,7 @@ CHECKPOINT_EVERY = 32
 """Snapshots between two times that the write-ahead log is moved into the file itself."""
 
 _LOCK_SECONDS = 10.0
+_NAME_BYTES = 200  # file systems allow 255, with what stands before and behind
 
 
 class RunFileSink(AbstractSink):
@@ -30,7 +32,8 @@ class RunFileSink(AbstractSink):
     A thread writes; what it fails at (a full disk, say) is raised by the next `write` or `close`.
 
     Args:
-        path: The file. By default `<name of the run>.db` in `directory`, chosen at `start`.
+        path: The file. By default `<name of the run>.db` in `directory`, chosen at `start`; of a name that cannot be
+            that of a file, what can be, and a hash.
         directory: Where files of the default name go; made if missing.
     """
 
@@ -100,8 +103,11 @@ class RunFileSink(AbstractSink):
 
 
 def _file_name(name: str) -> str:
-    """The name of a run, such as `org/model`, as the name of a file."""
-    return re.sub(r"[^\w.+=-]+", "-", name).strip(".-") or "run"
+    """The name of a run as that of a file; one that had to be changed, such as `org/model`, gets a hash of its own."""
+    safe = re.sub(r"[^\w.+=-]+", "-", name).strip(".-").encode()[:_NAME_BYTES].decode(errors="ignore")
+    if safe == name:
+        return name
+    return f"{safe or 'run'}-{sha256(name.encode(errors='surrogatepass')).hexdigest()[:8]}"
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -147,7 +153,7 @@ def _open_attempt(path: Path, run: RunInfo) -> int:
     """Make the file if need be, add an attempt and return its number."""
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and (path.is_dir() or path.stat().st_size > 0):
+        if path.exists() and (not path.is_file() or path.stat().st_size > 0):
             identify(path)
         with closing(_connect(path)) as db, _transaction(db):
             if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'attempt'").fetchone() is None:

@@ -1,5 +1,6 @@
 """Shows a run in Weights & Biases."""
 
+import inspect
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -12,10 +13,12 @@ from repflow._imports import require
 from repflow.monitor.sinks._base import AbstractSink
 from repflow.monitor.sinks._keys import StateChoice, scalar_items
 from repflow.monitor.sinks._reading import copy_run_file
+from repflow.monitor.sinks._wandb_login import has_login
 from repflow.monitor.sinks._worker import Worker
 from repflow.monitor.sinks.heatmap import Heatmap, HeatmapSeries
 from repflow.monitor.sinks.run_file import RunFileSink
 from repflow.monitor.snapshot import RunInfo, Snapshot
+from repflow.monitor.warning import warn
 
 if TYPE_CHECKING:
     import wandb
@@ -37,10 +40,12 @@ class WandbSink(AbstractSink):
         heatmaps: Whether to log images.
         max_images: The most images of one run, thinned out as it gets longer.
         run_file: A run file, or the `RunFileSink` that writes it, to be saved as an artifact on `close`.
-        **init_kwargs: For `wandb.init`, if it is called: `project`, `mode`, `dir` and so on.
+        **init_kwargs: For `wandb.init`, if it is called: `project`, `mode`, `dir` and so on. The run is offline for a
+            user who is not logged in, unless these or W&B's settings give a mode.
 
     Raises:
         ModuleNotFoundError: wandb (or Pillow, for heatmaps) is missing.
+        TypeError: `wandb.init` has no such argument.
         ValueError: `max_images` is too small.
     """
 
@@ -55,6 +60,7 @@ class WandbSink(AbstractSink):
         **init_kwargs: Any,
     ) -> None:
         require("wandb")
+        _check_arguments(init_kwargs)
         if heatmaps:
             require("pillow")
             HeatmapSeries(max_images)  # checks it now rather than when training begins
@@ -77,8 +83,10 @@ class WandbSink(AbstractSink):
         self.close()
         active = self._given or wandb.run
         self._own = active is None
-        defaults: dict[str, Any] = {"project": "repflow", "name": run.name}
-        self._run = active or wandb.init(**(defaults | self._init_kwargs))
+        if active is None:
+            defaults: dict[str, Any] = {"project": "repflow", "name": run.name, **_mode(self._init_kwargs)}
+            active = wandb.init(**(defaults | self._init_kwargs))
+        self._run = active
         self._run.config.update({"repflow": _described(run)}, allow_val_change=True)
         self._run.define_metric("repflow/step", step_metric="repflow/step", hidden=True)
         self._run.define_metric("repflow/*", step_metric="repflow/step")
@@ -99,23 +107,41 @@ class WandbSink(AbstractSink):
         """Log the scalars, and the images that are ready.
 
         Raises:
-            RuntimeError: Not started, or already closed.
+            RuntimeError: Not started, or already closed, or the W&B run was finished by somebody else.
         """
+        import wandb
+
         if self._run is None:
             raise RuntimeError("`WandbSink.write`: expected `start` to come first; call `start(run)`")
+        try:
+            self._log(self._run, snapshot)
+        except wandb.UsageError as error:
+            self._run = None  # nothing can be logged to it any more, on `close` either
+            self._stop_worker()
+            raise RuntimeError(
+                "`WandbSink.write`: expected the W&B run to be open until monitoring ends, but it cannot be logged to "
+                f"({error}); call `wandb.finish()` after that"
+            ) from error
+
+    def _log(self, run: "wandb.Run", snapshot: Snapshot) -> None:
         items = scalar_items(snapshot, self._states)
         if self._last is None and not self._own:
             # The run may have a step for `*`, as Lightning's logger gives it, which wins over `repflow/*`: a metric
             # defined by its full name wins over both.
             for key in items:
-                self._run.define_metric(key, step_metric="repflow/step")
-        self._run.log({"repflow/step": snapshot.step, **items, **self._ready()})
+                run.define_metric(key, step_metric="repflow/step")
+        run.log({"repflow/step": snapshot.step, **items, **self._ready()})
         self._last = snapshot
         if self._series is not None and (drawn := self._series.add(snapshot)):
             self._submit(drawn)
 
     def close(self) -> None:
-        """Log what is left, the summary and the artifact; finish the run if this sink opened it."""
+        """Log what is left, the summary and the artifact; finish the run if this sink opened it.
+
+        All of that is lost, with a warning, if somebody else has finished the run before.
+        """
+        import wandb
+
         run, self._run = self._run, None
         if run is None:
             return
@@ -123,6 +149,11 @@ class WandbSink(AbstractSink):
             self._log_rest(run)
             if self._run_file is not None:
                 _save(run, self._run_file)
+        except wandb.UsageError as error:
+            warn(
+                "the last images, the summary and the artifact did not reach W&B: the run cannot be logged to "
+                f"({error}); call `wandb.finish()` after monitoring ends"
+            )
         finally:
             if self._own:
                 run.finish()
@@ -131,12 +162,16 @@ class WandbSink(AbstractSink):
         if self._series is not None and self._worker is not None:
             if drawn := self._series.last():
                 self._submit(drawn)
-            self._worker.close()
+            self._stop_worker()
             while images := self._ready():
                 run.log(images)
-            self._series = self._worker = None
         if self._last is not None:
             run.summary.update({"repflow/step": self._last.step, **scalar_items(self._last, "all")})
+
+    def _stop_worker(self) -> None:
+        worker, self._worker, self._series = self._worker, None, None
+        if worker is not None:
+            worker.close()
 
     def _submit(self, drawn: list[Heatmap]) -> None:
         assert self._worker is not None
@@ -160,6 +195,35 @@ def _encode(drawings: Iterator[list[Heatmap]], images: "SimpleQueue[Images]") ->
             caption = f"step {heatmap.step}: {heatmap.caption}"
             ready[f"repflow/{heatmap.name}"] = wandb.Image(heatmap.rgb(), caption=caption)
         images.put(ready)
+
+
+def _check_arguments(given: Mapping[str, Any]) -> None:
+    """Refuse now what `wandb.init` would refuse when training begins."""
+    import wandb
+
+    known = inspect.signature(wandb.init).parameters
+    if unknown := sorted(given.keys() - known.keys()):
+        raise TypeError(
+            f"`WandbSink`: expected arguments of its own or of `wandb.init`, got {', '.join(unknown)}; those of "
+            f"`wandb.init` are {', '.join(known)}"
+        )
+
+
+def _mode(given: Mapping[str, Any]) -> dict[str, str]:
+    """`mode="offline"` where `wandb.init` would stop and ask for a key, in the middle of a training script.
+
+    W&B's own settings, which it collects from the environment and its files, come after those `given`.
+    """
+    import wandb
+
+    usual, own = wandb.setup().settings, given.get("settings") or {}
+    if not isinstance(own, Mapping):
+        own = own.model_dump(include=own.model_fields_set)
+    mode, key, token, url = (
+        own.get(name) or getattr(usual, name) for name in ("mode", "api_key", "identity_token_file", "base_url")
+    )
+    chosen = os.environ.get("WANDB_MODE") or mode != "online"
+    return {} if chosen or key or token or has_login(url) else {"mode": "offline"}
 
 
 def _described(run: RunInfo) -> Mapping[str, Any]:

@@ -1,6 +1,7 @@
 import argparse
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,12 +14,15 @@ import pytest
 import torch
 from rich.console import Console
 
+from repflow.monitor.demo import DemoError
+from repflow.monitor.demo.language_model import ByteLanguageModel
 from repflow.monitor.demo.models import MODELS, RECIPES, DemoModel, Recipe, choose_models
-from repflow.monitor.demo.run import Demo, run_demo
+from repflow.monitor.demo.options import Demo
+from repflow.monitor.demo.run import run_demo
 from repflow.monitor.demo.summary import summarise
-from repflow.monitor.demo.text import ByteWindows, TextError, load_corpus
+from repflow.monitor.demo.text import ByteWindows, load_corpus
 from repflow.monitor.demo.tracking import wandb_mode
-from repflow.monitor.sinks import open_run
+from repflow.monitor.sinks import RunFileError, open_run
 
 TEXT = Path(argparse.__file__)
 RECIPE = Recipe(sequence=32, batch=4, steps=40, quick_steps=20, learning_rate=1e-2)
@@ -66,7 +70,7 @@ def test_a_demo_from_end_to_end(tmp_path: Path):
     for outcome in result.outcomes:
         assert outcome.steps == 40
         assert outcome.first_loss == pytest.approx(5.55, abs=0.15)  # that of guessing: log 256
-        assert outcome.last_loss < 4.0
+        assert outcome.last_loss is not None and outcome.last_loss < 4.0
         run = open_run(outcome.run_file)
         assert run["step"].values.tolist() == [0, 10, 20, 30]
         assert run["loss"].values[-1] < run["loss"].values[0]
@@ -78,7 +82,15 @@ def test_a_demo_from_end_to_end(tmp_path: Path):
     assert result.report == report
     assert "<html" in report.read_text()[:200].lower()
     text = printed(out)
-    for part in ("2 ssm + 1 attention", "40 (4)", "V_glob", str(folder / "ssm.db"), "offline-run-", "repflow report "):
+    for part in (
+        "2 ssm + 1 attention",
+        "40 (4)",
+        "V_glob",
+        str(folder / "ssm.db"),
+        "offline-run-",
+        "repflow report ",
+        "validation loss",
+    ):
         assert part in text
     table = [line for line in text.splitlines() if line.startswith(("│", "┃"))]
     assert len(table) > 10
@@ -100,6 +112,8 @@ def test_the_seed_decides_the_losses_and_a_second_demo_is_a_new_attempt(tmp_path
     assert summary is not None
     assert summary.snapshots == 2
     assert summary.v_glob == runs[2]["v_glob"].values[-1]
+    assert other.attempt == 3
+    assert summarise(path, attempt=4) is None  # a training that stored nothing is not shown as the one before it
 
 
 def test_a_model_that_fails_does_not_stop_the_others(tmp_path: Path):
@@ -116,8 +130,60 @@ def test_a_model_that_fails_does_not_stop_the_others(tmp_path: Path):
 
 def test_a_file_in_the_way_is_found_before_training(tmp_path: Path):
     (tmp_path / "transformer.db").write_text("a shopping list")
-    with pytest.raises(ValueError, match=r"transformer\.db"):
+    with pytest.raises(RunFileError, match=r"transformer\.db"):
         run_demo(tiny_demo(tmp_path), console())
+
+
+def test_a_run_file_that_cannot_be_written_is_a_failure(tmp_path: Path):
+    (tmp_path / "transformer.db").symlink_to(tmp_path / "nowhere" / "transformer.db")
+    out = console()
+    with pytest.warns(RuntimeWarning, match="RunFileSink failed"):
+        result = run_demo(tiny_demo(tmp_path, tiny_models()[:1], steps=11), out)
+    assert result.exit_code == 1
+    assert result.outcomes[0].steps == 11
+    assert result.report is None
+    text = printed(out)
+    assert "transformer.db: expected 2 snapshots of this training, found 0" in text
+    assert "report    none, because no run holds a snapshot" in text
+    assert "repflow report" not in text
+
+
+def test_a_disk_that_fills_up_is_a_failure(tmp_path: Path):
+    script = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path), models=1, steps=200)
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "WANDB_MODE": "disabled"}
+    command = [sys.executable, "-c", f"{limit}\n{script}"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1, result.stderr
+    assert "RunFileSink failed" in result.stderr
+    stored = len(open_run(tmp_path / "transformer.db")["step"])
+    assert 0 < stored < 20
+    for part in (
+        "run file  ",
+        "W&B       none: WANDB_MODE=disabled",
+        f"expected 20 snapshots of this training, found {stored}",
+        "report    none, because `write_report`: cannot write",
+        "again     repflow report",
+    ):
+        assert part in result.stdout
+
+
+def test_a_report_that_cannot_be_written_hides_nothing_else(tmp_path: Path):
+    (tmp_path / "report.html").mkdir()
+    _, ssm, _ = tiny_models()
+    broken = replace(ssm, name="broken", settings=dict(ssm.settings) | {"num_heads": 3})
+    out = console()
+    result = run_demo(tiny_demo(tmp_path, [ssm, broken], steps=3), out)
+    assert result.exit_code == 1
+    assert result.report is None
+    assert [type(error) for error in result.errors] == [type(result.outcomes[1].error), OSError]
+    run, *tracked, failure, report, _ = printed(out).splitlines()[-6:]
+    assert run.startswith("run file")
+    assert [line.split()[0] for line in tracked] == ["W&B", "W&B"]
+    assert failure.startswith("broken failed: ")
+    assert re.fullmatch(
+        r"report    none, because `write_report`: cannot write .*report\.html: Is a directory; .*", report
+    )
 
 
 SCRIPT = """
@@ -127,7 +193,8 @@ sys.path.insert(0, {tests!r})
 from test_demo import console, tiny_demo, tiny_models
 from repflow.monitor.demo.run import run_demo
 from rich.console import Console
-sys.exit(run_demo(tiny_demo(Path({folder!r}), tiny_models()[:2], steps=2000), Console(width=100)).exit_code)
+demo = tiny_demo(Path({folder!r}), tiny_models()[:{models}], steps={steps})
+sys.exit(run_demo(demo, Console(width=100)).exit_code)
 """
 
 
@@ -153,7 +220,7 @@ def read_until(process: subprocess.Popen[str], wanted: str) -> None:
 
 
 def test_ctrl_c_shows_what_is_there_and_exits_with_130(tmp_path: Path):
-    script = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    script = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path), models=2, steps=2000)
     with running([sys.executable, "-c", script]) as process:
         read_until(process, "step 200 of 2000")
         process.send_signal(signal.SIGINT)
@@ -166,6 +233,32 @@ def test_ctrl_c_shows_what_is_there_and_exits_with_130(tmp_path: Path):
     steps = open_run(tmp_path / "transformer.db")["step"].values.tolist()
     assert len(steps) >= 20
     assert steps == list(range(0, 10 * len(steps), 10))
+
+
+@pytest.mark.parametrize(("validation", "steps", "losses"), [(1, 0, " – → – "), (2, 11, " → – ")])
+def test_ctrl_c_during_validation_shows_what_is_there(
+    validation: int, steps: int, losses: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    validations = 0
+
+    def interrupt(_: ByteLanguageModel) -> None:
+        nonlocal validations
+        validations += 1
+        if validations == validation:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(ByteLanguageModel, "on_validation_start", interrupt)
+    out = console()
+    result = run_demo(tiny_demo(tmp_path, tiny_models()[:2], steps=11), out)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert result.exit_code == 130
+    assert [(outcome.interrupted, outcome.steps) for outcome in result.outcomes] == [(True, steps)]
+    assert (result.report is not None) == (steps > 0)
+    text = printed(out)
+    assert "interrupted" in text
+    assert losses in text
+    assert "offline-run-" in text
 
 
 def test_a_killed_demo_leaves_every_snapshot_before_the_last(tmp_path: Path):
@@ -197,9 +290,9 @@ def test_models_of_a_size_are_alike(size: str, low: float, high: float):
 def test_models_are_chosen_in_the_order_of_the_table():
     assert [model.name for model in choose_models(["hybrid", "transformer"], "small")] == ["transformer", "hybrid"]
     assert len(choose_models([], "large")) == 3
-    with pytest.raises(ValueError, match="--model: expected one of transformer, ssm, hybrid, got 'rnn'"):
+    with pytest.raises(DemoError, match="--model: expected one of transformer, ssm, hybrid, got 'rnn'"):
         choose_models(["rnn"], "small")
-    with pytest.raises(ValueError, match="--size: expected one of small, medium, large, got 'tiny'"):
+    with pytest.raises(DemoError, match="--size: expected one of small, medium, large, got 'tiny'"):
         choose_models([], "tiny")
 
 
@@ -213,7 +306,7 @@ def test_models_are_chosen_in_the_order_of_the_table():
     ],
 )
 def test_options_out_of_range(options: dict, message: str):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(DemoError, match=message):
         Demo.of_size("small", **options)
 
 
@@ -268,19 +361,19 @@ def test_the_smallest_text_makes_one_batch_and_one_window_held_out(tmp_path: Pat
     assert len(ByteWindows(corpus.train, 32)) == 8
     assert len(ByteWindows(corpus.validation, 32)) == 1
     file.write_text("x" * (9 * 32 + 1))
-    with pytest.raises(TextError, match=r"at least 290 bytes, .*small\.txt holds 289"):
+    with pytest.raises(DemoError, match=r"at least 290 bytes, .*small\.txt holds 289"):
         load_corpus(file, sequence=32, batch=8)
 
 
 def test_text_that_is_none(tmp_path: Path):
-    with pytest.raises(TextError, match="no such file or folder"):
+    with pytest.raises(DemoError, match="no such file or folder"):
         load_corpus(tmp_path / "missing", sequence=32, batch=8)
-    with pytest.raises(TextError, match="holds no text"):
+    with pytest.raises(DemoError, match="holds no text"):
         load_corpus(tmp_path, sequence=32, batch=8)
     (tmp_path / "empty").touch()
-    with pytest.raises(TextError, match="holds no text"):
+    with pytest.raises(DemoError, match="holds no text"):
         load_corpus(tmp_path / "empty", sequence=32, batch=8)
-    with pytest.raises(TextError, match="cannot read /proc/self/mem"):  # unreadable for root as well
+    with pytest.raises(DemoError, match="cannot read /proc/self/mem"):  # unreadable for root as well
         load_corpus(Path("/proc/self/mem"), sequence=32, batch=8)
 
 
@@ -303,3 +396,25 @@ def test_wandb_is_offline_unless_logged_in(tmp_path: Path, monkeypatch: pytest.M
     assert wandb_mode() == "online"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert wandb_mode() == "disabled"
+
+
+TRACKED = """
+import sys
+from pathlib import Path
+from repflow.monitor.demo.tracking import start_tracking
+tracking = start_tracking("run", folder=Path(sys.argv[1]))
+tracking.finish(failed=False)
+print(tracking.where)
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "where"), [("", ".*/wandb/offline-run-.*"), ("sideways", "none: ValidationError: .*")]
+)
+def test_wandb_that_is_told_nothing_or_nonsense(mode: str, where: str, tmp_path: Path):
+    environment = {name: value for name, value in os.environ.items() if name != "NETRC" and "WANDB" not in name}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "HOME": str(tmp_path), "WANDB_MODE": mode}
+    # In a process of its own, since W&B reads its settings once.
+    command = [sys.executable, "-c", TRACKED, str(tmp_path)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert re.fullmatch(where + "\n", result.stdout)  # in one line

@@ -151,7 +151,7 @@ def test_the_drawn_matrix_is_symmetric(browser: Browser, page: Path):
 
 
 def test_nothing_is_wider_than_the_window_and_no_title_is_cut(browser: Browser, page: Path):
-    for width in (900, 1280, 1440):
+    for width in (320, 900, 1280, 1440):
         browser.open(page, width=width)
         assert browser.run("return document.documentElement.scrollWidth") <= width
         cut = browser.run(
@@ -204,3 +204,14 @@ def test_a_page_without_snapshots(browser: Browser, write_run, tmp_path: Path):
     browser.open(page)
     assert "No snapshot has been written yet" in browser.all(".warning")[0].text
     assert browser.complaints() == []
+
+
+def test_long_names_do_not_make_the_page_wider_than_the_window(browser: Browser, write_run, tmp_path: Path):
+    runs = [
+        write_run(name, [name, "ssm"], block_name=name, scalars=lambda index: {"loss": 1.0, "y" * 200: 2.0})
+        for name in ("x" * 200, "short")
+    ]
+    page = write_report(runs, tmp_path / "report.html")
+    for width in (360, 1366):
+        browser.open(page, width=width)
+        assert browser.run("return document.documentElement.scrollWidth") <= width

@@ -4,13 +4,16 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 import pytest
 
+from repflow.monitor import RepflowWarning
 from repflow.monitor.report import write_report
+from repflow.monitor.report._figures import KIND_COLORS
 from repflow.monitor.report._page import script_json
 
 VOID = {"meta", "link", "input", "br", "path"}
@@ -143,7 +146,7 @@ def test_a_block_that_rewrites_the_stream_leaves_colours_for_the_others(write_ru
     assert trace["z"][0] == [0.01] * 3
     assert trace["zmin"] > 0.7
     assert "≤ 0.7" in page.text
-    overlay = page.figure("Adjacent-layer similarity, last step over depth: All runs at their last step")
+    overlay = page.figure("Adjacent-layer similarity, last step over depth: Last step")
     assert "type" not in overlay["layout"]["yaxis"]  # a cosine is never on a logarithmic axis
 
 
@@ -241,9 +244,11 @@ def test_a_loss_that_is_missing_at_the_last_step_says_which_it_shows(write_run, 
 def test_a_damaged_file_is_shown_as_far_as_it_is_whole_with_a_warning(write_run, render):
     path = write_run("cut", ["ssm"] * 12, steps=range(60))
     path.write_bytes(path.read_bytes()[:-20_000])
-    with pytest.warns(RuntimeWarning) as caught:
+    with pytest.warns(RepflowWarning) as caught:
         page = render([path])
-    assert str(caught[0].message) in page.text
+    (message,) = [str(warning.message) for warning in caught]
+    assert message.startswith(f"repflow: {path}: damaged")
+    assert message.removeprefix("repflow: ") in page.text
     assert page.figures
 
 
@@ -278,3 +283,80 @@ def test_a_run_file_is_never_overwritten(write_run):
     with pytest.raises(ValueError, match="is one of the run files"):
         write_report([path], path)
     assert path.read_bytes().startswith(b"SQLite format 3")
+
+
+MAP = "Inter-token similarity, depth by step: "
+
+
+def cells(page: Page, label: str) -> tuple[list[float], list[bool]]:
+    """Borders of a heatmap's columns as Plotly draws them, halfway between places; and which columns hold values."""
+    trace = page.figure(label)["data"][0]
+    x = trace["x"]
+    between = [(one + other) / 2 for one, other in pairwise(x)]
+    borders = [2 * x[0] - between[0], *between, 2 * x[-1] - between[-1]]
+    return borders, [value is not None for value in trace["z"][0]]
+
+
+def test_no_column_is_painted_over_a_gap(write_run, render):
+    page = render([write_run("a", steps=[0, 50, 100, 10_000])])
+    borders, filled = cells(page, MAP + "a")
+    assert filled == [True, True, True, False, False, True]
+    assert borders[:4] == [-25, 25, 75, 125]
+    assert borders[-2:] == [9_975, 10_025]
+    assert page.figure(MAP + "a")["layout"]["xaxis"]["range"] == [-25, 10_025]
+
+
+def test_one_missing_snapshot_is_one_empty_column(write_run, render):
+    borders, filled = cells(render([write_run("a", steps=[0, 10, 20, 40, 50])]), MAP + "a")
+    assert borders == [-5, 5, 15, 25, 35, 45, 55]
+    assert filled == [True, True, True, False, True, True]
+
+
+def test_snapshots_that_are_not_shown_leave_no_empty_columns(write_run, render):
+    _, filled = cells(render([write_run("a", steps=range(301))]), MAP + "a")
+    assert filled == [True] * 300
+
+
+def test_a_single_snapshot_can_be_seen_beside_a_long_run(write_run, render):
+    page = render([write_run("long", steps=range(0, 20_001, 1_000)), write_run("one", steps=[5_000])])
+    borders, filled = cells(page, MAP + "one")
+    assert filled == [False, True, False]
+    low, high = page.figure(MAP + "one")["layout"]["xaxis"]["range"]
+    assert borders[2] - borders[1] > 0.015 * (high - low)
+    assert (borders[1] + borders[2]) / 2 == 5_000
+
+
+def test_a_run_of_one_snapshot_is_told_so(write_run, render):
+    text = render([write_run("a", steps=[5])]).text
+    assert "1 snapshot, step 5; 512 tokens in 8 sequences; written" in text
+    assert "Last step 5" in text
+
+
+def test_lists_of_steps_have_one_kind_of_comma(write_run, render):
+    assert "steps 0 · 1,200 · 2,400" in render([write_run("a", steps=[0, 1_200, 2_400])]).text
+
+
+def test_more_runs_than_colours_differ_in_their_dashes(write_run, render):
+    page = render([write_run(f"run {index}", ["conv"], steps=[0]) for index in range(9)])
+    lines = [(attrs["stroke"], attrs["stroke-dasharray"]) for tag, attrs in page.tags if tag == "path"]
+    cards = set(lines[:9])
+    assert len(cards) == 9
+    assert {color for color, _ in set(lines) - cards} == {"currentColor"}  # all panels have those of the cards
+
+
+def test_kinds_that_are_found_have_colours_of_their_own():
+    assert not {"attention", "ssm", "recurrent", "conv", "mlp", "moe", "hybrid"} - KIND_COLORS.keys()
+    assert len(set(KIND_COLORS.values())) == len(KIND_COLORS)
+
+
+def test_small_values_have_no_unit_prefixes(write_run, render):
+    page = render([write_run("a", scalars=lambda index: {"lr": 2e-4 * (1 + index)})])
+    assert page.figure("Loss and other logged values, over steps: lr")["layout"]["yaxis"]["exponentformat"] == "e"
+
+
+def test_one_path_needs_no_list(write_run, tmp_path):
+    path = write_run("a")
+    pages = [write_report(paths, tmp_path / "page.html").read_text() for paths in (str(path), path, [path])]
+    assert pages[0] == pages[1] == pages[2]
+    with pytest.raises(ValueError, match="is one of the run files"):
+        write_report(path, path)

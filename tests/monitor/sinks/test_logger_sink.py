@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
+from repflow.monitor import RepflowWarning
 from repflow.monitor.sinks import LoggerSink
 from repflow.monitor.sinks._keys import scalar_items
 
@@ -42,8 +43,8 @@ def test_tensorboard_logger_gets_scalars_and_images(tmp_path, synthetic):
     expected = [float(synthetic.make_snapshot(event.step).inter_token[3]) for event in scalars]
     np.testing.assert_allclose([event.value for event in scalars], expected, rtol=1e-6)
     for key in ("repflow/cka", "repflow/inter_token"):
-        (image,) = events.Images(key)  # 4 images are 2 of each, one of which is kept for the end of other sinks
-        assert (image.step, image.height) == (0, 510)
+        # 4 images are 2 of each, one of which is kept for the end
+        assert [(image.step, image.height) for image in events.Images(key)] == [(0, 510), (450, 510)]
 
 
 def test_wandb_logger_gets_scalars_and_images(tmp_path, synthetic, monkeypatch):
@@ -103,3 +104,60 @@ def test_no_lightning_is_imported():
 def test_too_few_images():
     with pytest.raises(ValueError, match="max_images="):
         LoggerSink([], max_images=0)
+
+
+class Failing(Plain):
+    """Fails at every call of one of its methods."""
+
+    def __init__(self, method):
+        super().__init__()
+        self.method, self.images = method, 0
+
+    def log_metrics(self, metrics, step):
+        super().log_metrics(metrics, step)
+        if self.method == "log_metrics":
+            raise OSError("disk full")
+
+    def log_image(self, key, images, step, caption):
+        self.images += 1
+        if self.method == "log_image":
+            raise OSError("no room for images")
+
+
+def test_a_logger_that_fails_is_dropped_and_the_others_go_on(synthetic):
+    bad, good = Failing("log_metrics"), Failing(None)
+    with pytest.warns(RepflowWarning, match=r"Failing failed with OSError: disk full; it gets nothing more") as caught:
+        write(LoggerSink([bad, good]), synthetic, range(3))
+    assert len(caught) == 1
+    assert (len(bad.logged), bad.images) == (1, 0)
+    assert (len(good.logged), good.images) == (3, 6)
+
+
+def test_a_logger_that_fails_at_images_keeps_its_scalars(synthetic):
+    bad, good = Failing("log_image"), Failing(None)
+    with pytest.warns(RepflowWarning, match="OSError: no room for images, at an image; it gets no more") as caught:
+        write(LoggerSink([bad, good]), synthetic, range(3))
+    assert len(caught) == 1
+    assert (len(bad.logged), bad.images) == (3, 1)
+    assert (len(good.logged), good.images) == (3, 6)
+
+
+def test_without_pillow_there_are_scalars_only(tmp_path, synthetic, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setitem(sys.modules, "PIL", None)  # as if it were not installed
+    logger = TensorBoardLogger(tmp_path, name="try")
+    with pytest.warns(RepflowWarning, match="TensorBoardLogger failed with .*Error.*PIL"):
+        write(LoggerSink([logger]), synthetic, range(3))
+    logger.finalize("success")
+    events = EventAccumulator(logger.log_dir).Reload()
+    assert [event.step for event in events.Scalars("repflow/v_loc")] == [0, 1, 2]
+    assert events.Tags()["images"] == []
+
+
+def test_a_new_run_tries_every_logger_again(synthetic):
+    sink = LoggerSink([bad := Failing("log_metrics")])
+    for _ in range(2):
+        with pytest.warns(RepflowWarning):
+            write(sink, synthetic, range(3))
+    assert len(bad.logged) == 2

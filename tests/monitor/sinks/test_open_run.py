@@ -1,12 +1,17 @@
 import json
+import sqlite3
 import time
+import warnings
+from contextlib import closing
+from zlib import crc32
 
 import numpy as np
 import pytest
 import xarray
 
-from repflow.monitor.sinks import RunFileSink, open_run
-from repflow.monitor.snapshot import Snapshot, SumLayout
+from repflow.monitor import RepflowWarning
+from repflow.monitor.sinks import RunFileError, RunFileSink, open_run
+from repflow.monitor.snapshot import RunInfo, Snapshot, SumLayout
 
 
 @pytest.fixture
@@ -146,9 +151,10 @@ def test_three_attempts_and_a_rerun_from_the_start(tmp_path, write):
 def test_attempts_of_another_depth_are_left_out_and_said(tmp_path, write):
     path = write(tmp_path / "a.db", [0, 10], num_states=4)
     write(path, [5], num_states=6)
-    with pytest.warns(RuntimeWarning, match="attempts 1 are left out.*6 states.*attempt="):
+    with pytest.warns(RepflowWarning, match="^repflow: .*attempts 1 are left out.*6 states.*attempt="):
         run = open_run(path)
     assert (list(run["step"].values), run.sizes["state"]) == ([5], 6)
+    assert run.attrs["warnings"].startswith(f"{path}: attempts 1 are left out")
     assert open_run(path, attempt=1).sizes == {"step": 2, "state": 4, "state_b": 4, "transition": 3, "position": 64}
 
 
@@ -164,3 +170,56 @@ def test_a_dataset_can_be_saved_and_averaged(tmp_path, write):
     assert isinstance(run, xarray.Dataset)
     assert run.isel(state=slice(2, 4))["inter_token"].mean("state").dims == ("step",)
     assert run.where(run["block_kind"] == "ssm", drop=True).sizes["transition"] == 3
+
+
+def test_a_whole_run_opens_without_a_warning(tmp_path, write):
+    path = write(tmp_path / "a.db", [0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_run(path).attrs["warnings"] == ""
+
+
+def test_warnings_as_errors_do_not_keep_a_run_from_opening(tmp_path, write, capsys):
+    path = write(tmp_path / "a.db", [0], num_states=4)
+    write(path, [5])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list(open_run(path)["step"].values) == [5]
+    assert "attempts 1 are left out" in capsys.readouterr().err
+
+
+@pytest.fixture
+def describe(tmp_path, write):
+    """Writes a run whose description is changed, as another version might have written it."""
+
+    def describe(change):
+        path = write(tmp_path / "a.db", [0])
+        with closing(sqlite3.connect(path)) as db, db:
+            info = json.loads(db.execute("SELECT info FROM attempt").fetchone()[0])
+            change(info)
+            text = json.dumps(info)
+            db.execute("UPDATE attempt SET info = ?, crc32 = ?", (text, crc32(text.encode())))
+        return path
+
+    return describe
+
+
+def test_a_description_with_more_keys_than_are_known(describe):
+    def add(info):
+        info["host"] = "somewhere"
+        info["blocks"][0]["heads"] = 8
+
+    assert open_run(describe(add)).attrs["name"] == "run"
+
+
+@pytest.mark.parametrize("key", ["name", "blocks", "model_class"])
+def test_a_description_that_lacks_a_key(describe, key):
+    path = describe(lambda info: info.pop(key))
+    with pytest.raises(RunFileError, match=rf"a\.db: expected runs that this version .*lacks a key: .*{key}"):
+        open_run(path)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "{", '{"blocks": [1]}'])
+def test_a_description_that_is_none(text):
+    with pytest.raises(ValueError):
+        RunInfo.from_json(text)

@@ -1,4 +1,6 @@
 import gc
+import os
+import re
 import sqlite3
 import threading
 import time
@@ -26,13 +28,30 @@ def sink(tmp_path, synthetic):
 
 def test_the_default_path_is_named_after_the_run(tmp_path, synthetic, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    assert RunFileSink().path is None
     sink = RunFileSink()
-    assert sink.path is None
-    for name, file in [("gpt", "gpt.db"), ("org/model v2", "org-model-v2.db"), ("../..", "run.db")]:
+    for name, file in [("gpt", "gpt"), ("org/model v2", "org-model-v2-[0-9a-f]{8}"), ("../..", "run-[0-9a-f]{8}")]:
         sink.start(synthetic.make_run(name=name))
-        assert sink.path == tmp_path / "repflow-runs" / file
         sink.close()
-        assert open_run(tmp_path / "repflow-runs" / file).attrs["name"] == name
+        assert sink.path is not None
+        assert sink.path.parent == tmp_path / "repflow-runs"
+        assert re.fullmatch(file + r"\.db", sink.path.name)
+        assert open_run(sink.path).attrs["name"] == name
+
+
+def test_every_name_of_a_run_gives_a_file_of_its_own(tmp_path, synthetic):
+    names = ["x" * 300, "x" * 301, "模型" * 100, "a/b", "a-b", "a b", "x" * 199 + "é"]
+    paths = set()
+    for name in names:
+        sink = RunFileSink(directory=tmp_path)
+        sink.start(synthetic.make_run(name=name))
+        sink.write(synthetic.make_snapshot(0))
+        sink.close()
+        assert sink.path is not None
+        assert open_run(sink.path).attrs["name"] == name
+        paths.add(sink.path)
+    assert len(paths) == len(names)
+    assert tmp_path / "a-b.db" in paths  # a name that need not be changed is the file's
 
 
 def test_the_file_as_it_is_stored(tmp_path, sink, synthetic):
@@ -218,3 +237,11 @@ def test_a_file_without_log_works_the_same(tmp_path, synthetic, monkeypatch, ass
     assert not (tmp_path / "a.db-wal").exists()
     assert_holds(open_run(tmp_path / "a.db").isel(step=39), synthetic.make_snapshot(39))
     sink.close()
+
+
+def test_a_pipe_is_no_run_file(tmp_path, synthetic):
+    os.mkfifo(tmp_path / "a.db")
+    with pytest.raises(RunFileError, match="found a pipe or a device"):
+        RunFileSink(tmp_path / "a.db").start(synthetic.make_run())
+    with pytest.raises(RunFileError, match="found a pipe or a device"):
+        open_run(tmp_path / "a.db")

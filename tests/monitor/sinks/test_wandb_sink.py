@@ -8,8 +8,10 @@ import pytest
 import wandb
 from PIL import Image
 
-from repflow.monitor.sinks import RunFileSink, WandbSink, open_run
+from repflow.monitor import RepflowWarning
+from repflow.monitor.sinks import FanOutSink, RunFileSink, WandbSink, open_run
 from repflow.monitor.sinks._keys import scalar_items
+from repflow.monitor.sinks._wandb_login import has_login
 
 
 @pytest.fixture(autouse=True)
@@ -158,3 +160,68 @@ def test_calls_out_of_order(synthetic):
         sink.write(synthetic.make_snapshot(0))
     with pytest.raises(ValueError, match="max_images="):
         WandbSink(max_images=1)
+
+
+def test_an_argument_that_wandb_does_not_know_is_refused_at_once():
+    with pytest.raises(TypeError, match=r"got projct; those of `wandb.init` are .*project"):
+        WandbSink(projct="try")
+
+
+def test_a_run_that_the_user_finished_is_one_warning(tmp_path, synthetic):
+    run = wandb.init(project="try", dir=tmp_path)
+    fan = FanOutSink([WandbSink(run)])
+    fan.start(synthetic.make_run())
+    fan.write(synthetic.make_snapshot(0))
+    run.finish()
+    with pytest.warns(
+        RepflowWarning, match=r"expected the W&B run to be open.*call `wandb.finish\(\)` after"
+    ) as caught:
+        for step in range(1, 4):
+            fan.write(synthetic.make_snapshot(step))
+        fan.close()
+    assert len(caught) == 1
+
+
+def test_closing_after_the_user_finished_the_run_says_what_is_lost(tmp_path, synthetic):
+    run = wandb.init(project="try", dir=tmp_path)
+    sink = WandbSink(run)
+    sink.start(synthetic.make_run())
+    sink.write(synthetic.make_snapshot(0))
+    run.finish()
+    with pytest.warns(RepflowWarning, match="the last images, the summary and the artifact did not reach W&B"):
+        sink.close()
+
+
+UNATTENDED = """
+import os, sys
+sys.stdin = open(os.devnull)  # nobody is there to be asked
+import wandb
+from synthetic import make_run
+from repflow.monitor.sinks import WandbSink
+sink = WandbSink(project="try", heatmaps=False, settings={settings})
+sink.start(make_run())
+print("offline" if wandb.run.offline else "online", wandb.run.disabled)
+sink.close()
+"""
+
+
+@pytest.mark.parametrize(("settings", "printed"), [("None", "offline False"), ("{'mode': 'disabled'}", "True")])
+def test_a_user_without_login_is_not_asked_for_one(tmp_path, run_script, monkeypatch, settings, printed):
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "absent"))
+    assert printed in run_script(UNATTENDED.replace("{settings}", settings))
+
+
+def test_a_login_is_found_in_the_netrc_file(tmp_path, monkeypatch):
+    monkeypatch.delenv("NETRC", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    public, own = "https://api.wandb.ai", "https://wandb.example:8080"
+    assert not has_login(public)
+    (tmp_path / "_netrc").write_text("machine api.wandb.ai login user password key")
+    assert has_login(public) and has_login("https://api.forge.coreweave.com") and not has_login(own)
+    (tmp_path / ".netrc").write_text("machine wandb.example:8080 login user password key")
+    assert has_login(own) and not has_login(public)
+    (tmp_path / "broken").write_text("machine")
+    monkeypatch.setenv("NETRC", str(tmp_path / "broken"))
+    assert not has_login(own)
