@@ -1,18 +1,17 @@
 """The demo's W&B run: offline unless the user is logged in."""
 
-import netrc
 import os
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from lightning.pytorch.loggers import WandbLogger
 
 from repflow._imports import WANDB
+from repflow.monitor.sinks._wandb_login import has_login
 
-_DEFAULT_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
+_BASE_URL = "https://api.wandb.ai"
 
 
 def wandb_mode() -> str:
@@ -22,27 +21,8 @@ def wandb_mode() -> str:
     """
     if mode := os.environ.get("WANDB_MODE"):
         return mode
-    return "online" if _logged_in() else "offline"
-
-
-def _logged_in() -> bool:
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    given = os.environ.get("WANDB_BASE_URL")
-    hosts = (urlsplit(given).netloc,) if given else _DEFAULT_HOSTS
-    try:
-        entries = netrc.netrc(_netrc_file()).hosts
-    except (OSError, netrc.NetrcParseError):  # none, or none that W&B could read either
-        return False
-    return any(host in entries for host in hosts)
-
-
-def _netrc_file() -> Path:
-    """Where `wandb login` keeps the key."""
-    if given := os.environ.get("NETRC"):
-        return Path(given).expanduser()
-    usual = Path.home() / ".netrc"
-    return usual if usual.exists() else Path.home() / "_netrc"
+    keyed = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
+    return "online" if keyed or has_login(os.environ.get("WANDB_BASE_URL") or _BASE_URL) else "offline"
 
 
 def _unset_empty_variables() -> None:

@@ -10,6 +10,7 @@ from contextlib import closing, contextmanager, suppress
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 from repflow.monitor.sinks._base import AbstractSink
@@ -63,6 +64,10 @@ class RunFileSink(AbstractSink):
         self._worker = Worker(partial(_write_all, self.path), name=f"run file {self.path}")
         # a sink that is dropped without `close` must not leave its thread behind
         weakref.finalize(self, self._worker.stop).atexit = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy writes to the same place, but has yet to be started."""
+        return {**self.__dict__, "_worker": None}
 
     def write(self, snapshot: Snapshot) -> None:
         """Queue the snapshot; the same step written again in this attempt replaces it.

@@ -109,13 +109,13 @@ class WandbSink(AbstractSink):
         Raises:
             RuntimeError: Not started, or already closed, or the W&B run was finished by somebody else.
         """
-        import wandb
+        from wandb.errors import UsageError
 
         if self._run is None:
             raise RuntimeError("`WandbSink.write`: expected `start` to come first; call `start(run)`")
         try:
             self._log(self._run, snapshot)
-        except wandb.UsageError as error:
+        except UsageError as error:
             self._run = None  # nothing can be logged to it any more, on `close` either
             self._stop_worker()
             raise RuntimeError(
@@ -140,7 +140,7 @@ class WandbSink(AbstractSink):
 
         All of that is lost, with a warning, if somebody else has finished the run before.
         """
-        import wandb
+        from wandb.errors import UsageError
 
         run, self._run = self._run, None
         if run is None:
@@ -149,7 +149,7 @@ class WandbSink(AbstractSink):
             self._log_rest(run)
             if self._run_file is not None:
                 _save(run, self._run_file)
-        except wandb.UsageError as error:
+        except UsageError as error:
             warn(
                 "the last images, the summary and the artifact did not reach W&B: the run cannot be logged to "
                 f"({error}); call `wandb.finish()` after monitoring ends"
