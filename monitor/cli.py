@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
@@ -150,27 +151,14 @@ def report(
 
 def _write_report(runs: Sequence[Path], output: Path) -> Path:
     from repflow.monitor.report import write_report
-    from repflow.monitor.sinks import RunFileError
 
     if output.is_dir():
         raise IsADirectoryError(f"--output: expected a file to write, and {output} is a folder")
     if output.resolve() in {run.resolve() for run in runs}:
         raise FileExistsError(f"--output: expected a page to write, and {output} is one of the run files")
-    try:
-        return write_report(runs, output)
-    except ValueError:
-        # Of the run files, or a bug?
-        if unreadable := list(_unreadable(runs)):
-            raise RunFileError("\n".join(unreadable)) from None
-        raise
-
-
-def _unreadable(runs: Sequence[Path]) -> Iterator[str]:
-    """What is wrong with those that are no run files."""
-    from repflow.monitor.sinks import RunFileError, open_run
-
-    for run in runs:
-        try:
-            open_run(run)
-        except (RunFileError, OSError) as error:
-            yield str(error)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        page = write_report(runs, output)
+    for warning in caught:
+        typer.echo(warning.message, err=True)
+    return page

@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from repflow.monitor.sinks import open_run
+from repflow.monitor.sinks.open_run import RunFileError, open_run
 
 RUN_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7b5ea7")
 """Colours of runs in order (Okabe and Ito's, which colour-blind readers tell apart, and a violet)."""
@@ -92,24 +92,26 @@ def load_runs(files: Sequence[Path]) -> list[Run]:
     """Open every run file.
 
     Raises:
-        ValueError: No paths, or some that `open_run` cannot read. All of these are named with their reasons, so that no
-            readable run is left out without a word.
+        ValueError: No paths.
+        RunFileError: Some that `open_run` cannot read. All of these are named with their reasons, so that no readable
+            run is left out without a word.
     """
     if not files:
         raise ValueError("`write_report`: expected at least one run file, got none; pass the paths of `*.db` run files")
     opened: list[xr.Dataset] = []
     failures: list[str] = []
     for file in files:
-        # Whatever is wrong with one file, the answer is the same: name it, and go on to the next.
         try:
             opened.append(open_run(file))
-        except Exception as error:
-            failures.append(f"  {file}: {error or type(error).__name__}")
+        except (RunFileError, OSError) as error:  # each names its file
+            failures.append(str(error))
+    if len(files) == 1 and failures:
+        raise RunFileError(failures[0])
     if failures:
         remedy = f"leave them out: the other {len(opened)} can be read" if opened else "pass run files of repflow"
-        raise ValueError(
+        raise RunFileError(
             f"`write_report`: {len(failures)} of {len(files)} paths cannot be opened as run files; {remedy}\n"
-            + "\n".join(failures)
+            + "\n".join(f"  {failure}" for failure in failures)
         )
     labels = distinct_labels([str(data.attrs["name"]) for data in opened], files)
     return [

@@ -104,9 +104,10 @@ def test_every_file_that_is_no_run_file_has_its_line(tmp_path: Path, monkeypatch
     write_run(tmp_path / "run.db")
     result = CliRunner().invoke(app, ["report", "list.db", "run.db", "missing.db"])
     assert result.exit_code == 2
-    first, second = result.stderr.splitlines()
-    assert first.startswith("repflow: list.db: expected a run file of repflow, found a file that is no SQLite")
-    assert second.startswith("repflow: missing.db: expected a run file, found nothing there")
+    head, first, second = result.stderr.splitlines()
+    assert head.endswith("2 of 3 paths cannot be opened as run files; leave them out: the other 1 can be read")
+    assert first.startswith("repflow:   list.db: expected a run file of repflow, found a file that is no SQLite")
+    assert second.startswith("repflow:   missing.db: expected a run file, found nothing there")
     assert (first + second).count("list.db") == (first + second).count("missing.db") == 1
     assert not Path("report.html").exists()
 
