@@ -94,7 +94,7 @@ def test_document_numbers_on_the_device_are_left_out_and_said() -> None:
     documents = (torch.arange(12, device=DEVICE) // 6 + 1).repeat(4, 1)
     with monitor.step(0):
         toy.loss_of(model, ids, documents).backward()
-    with pytest.warns(RuntimeWarning, match="left out step 0: its mask or positions tell documents apart \(up to 2"):
+    with pytest.warns(RuntimeWarning, match=r"left out step 0: its mask or positions tell documents apart \(up to 2"):
         monitor.flush()
     assert monitor.latest is None and monitor.enabled
 

@@ -265,7 +265,9 @@ bit_identical = pytest.mark.usefixtures("untyped")
 
 def run(monitored: bool, fault=None, model_of=None) -> tuple[list[float], list, list[torch.Tensor]]:
     """Losses, final random states and parameters of a short training run."""
-    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
     model = (model_of or toy.Toy)()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     monitor = Monitor(model, MonitorConfig(every_n_steps=2, max_tokens=30)) if monitored else None
