@@ -51,7 +51,7 @@ class Accumulator:
         states = forward.states
         mask, bins = self._mask_and_bins(forward)
         with torch.autocast(states.device.type, enabled=False):
-            self._count_tokens(states, mask)
+            self._count_tokens(mask)
             self._add_depth(states, mask, bins, metrics)
             for metric, add in (("inter_token", self._add_inter_token), ("cka", self._add_cka)):
                 if metric in metrics:
@@ -77,13 +77,10 @@ class Accumulator:
         kept = without_first(mask, positions, self._config.skip_first_tokens)
         return forward.selection.take(kept), forward.selection.take(positions.bins(POSITION_BINS))
 
-    def _count_tokens(self, states: Tensor, mask: Tensor) -> None:
+    def _count_tokens(self, mask: Tensor) -> None:
         groups = find_groups(mask)
         index = torch.where(groups.index < 0, groups.count, groups.index).flatten()
-        sizes = torch.zeros(groups.count + 1, device=states.device).index_add_(
-            0, index, torch.ones_like(index, dtype=torch.float32)
-        )
-        sizes = sizes[:-1]
+        sizes = index.new_zeros(groups.count + 1).index_add_(0, index, torch.ones_like(index))[:-1]
         self._sums["tokens"] += sizes.sum()
         self._sums["sequences"] += (sizes > 0).sum()
         self._sums["short_sequences"] += ((sizes > 0) & (sizes < 2)).sum()

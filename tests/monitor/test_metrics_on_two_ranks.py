@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -12,24 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
-from torchmetrics import Metric
 
-from repflow.monitor import AdjacentLayerSimilarity, InterTokenSimilarity, LayerCKA, LayerVariation
+from tests.monitor.test_metrics import MAKERS, flat
 
-MAKERS: dict[str, Callable[..., Metric]] = {
-    "inter_token": InterTokenSimilarity,
-    "adjacent": AdjacentLayerSimilarity,
-    "variation": LayerVariation,
-    "cka": LayerCKA,
-    "biased_cka": lambda num_states=None: LayerCKA(num_states, estimator="biased"),
-}
 Batches = list[tuple[Tensor, Tensor | None]]
 SCENARIOS = ("both_ranks_update", "one_rank_without_updates")
-
-
-def flat(value: Tensor | dict[str, Tensor]) -> Tensor:
-    """Every number of a result in one vector."""
-    return torch.cat([part.flatten() for part in value.values()]) if isinstance(value, dict) else value.flatten()
 
 
 def rank_batches(scenario: str) -> tuple[Batches, Batches]:
