@@ -6,6 +6,7 @@ from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor
 
 from repflow.triton_kernels import reference
+from repflow.triton_kernels._dispatch import use_triton
 from repflow.triton_kernels._inputs import check_mask, check_states
 from repflow.triton_kernels.groups import find_groups
 
@@ -43,4 +44,10 @@ def token_sums(
         ValueError: states that are not `[S, B, T, D]`, or a mask that does not fit.
     """
     check_states("token_sums", states)
+    if use_triton(states):
+        from repflow.triton_kernels._stream import stream
+
+        if mask is not None:
+            check_mask("token_sums", states, mask)
+        return TokenSums(*stream(states, mask, depth=False, sums=True)[1])
     return TokenSums(*reference.token_sums(states, find_groups(check_mask("token_sums", states, mask))))

@@ -1,0 +1,41 @@
+"""The Triton kernels behind `token_sums`, through Triton's interpreter where there is no GPU."""
+
+import pytest
+import torch
+
+from repflow.triton_kernels import token_sums
+from repflow.triton_kernels._dispatch import force, use_triton
+from tests.triton_kernels.close import assert_sums
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
+
+
+def both(states, mask):
+    with force("triton"):
+        assert use_triton(states)
+        got = token_sums(states, mask)
+    with force("reference"):
+        return got, token_sums(states, mask)
+
+
+def test_agrees_with_the_reference(flat_case):
+    with force("triton"):
+        if not use_triton(flat_case.states):
+            return  # other tests cover what goes to the reference
+    assert_sums(*both(flat_case.states, flat_case.mask))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 64), (5, 2, 3, 63), (3, 1, 300, 40), (2, 1, 2, 1000)], ids=str)
+@pytest.mark.parametrize("mask", ["mask_none", "mask_right", "mask_documents"])
+def test_odd_sizes(shape, dtype, mask, cases):
+    """300 tokens are more than one chunk."""
+    case = cases.Case(getattr(torch, dtype), shape, getattr(cases, mask))
+    assert_sums(*both(case.states, case.mask))
+
+
+def test_the_same_bits_every_time(cases):
+    states = cases.Case(torch.bfloat16, (4, 2, 40, 130)).states
+    with force("triton"):
+        first, again = token_sums(states), token_sums(states)
+    assert all(map(torch.equal, first, again))
