@@ -46,7 +46,7 @@ class Tiling:
     """Into how many pieces the contraction cuts a tile."""
 
 
-LONG = Tiling(rows=128, columns=256, features=64, warps=8, stages=3, parts=4)
+LONG = Tiling(rows=128, columns=256, features=64, warps=8, stages=4, parts=8)
 LONG_FP32 = Tiling(rows=128, columns=128, features=32, warps=8, stages=2, parts=2)
 SHORT_FP32 = Tiling(rows=64, columns=64, features=32, warps=4, stages=2, parts=1)
 
@@ -84,7 +84,7 @@ def _scan_kernel(
         if ALIGN > 1:
             rows = tl.multiple_of(rows, ALIGN)
             start = tl.multiple_of(start, ALIGN)
-        largest = tl.zeros([BT], tl.float32)
+        largest = tl.zeros([BT, BD], tl.float32)
         for d0 in range(0, D, BD):
             d = d0 + tl.arange(0, BD)
             inside = d < D
@@ -92,10 +92,93 @@ def _scan_kernel(
             value = value.to(tl.float32)
             zero = tl.load(x + start + d, mask=inside, other=0.0).to(tl.float32)
             size = tl.abs(value)
-            largest = tl.maximum(largest, tl.max(tl.where(size < float("inf"), size, float("inf")), 1))
+            largest = tl.maximum(largest, tl.where(size < float("inf"), size, float("inf")))
             deviation = tl.where(keep[:, None], value - zero[None, :], 0.0)
             tl.store(sums + (group * blocks + block) * D + d, tl.sum(deviation, 0), mask=inside)
-        tl.store(top + group * n + i, largest, mask=i < n)
+        tl.store(top + group * n + i, tl.max(largest, 1), mask=i < n)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _count_kernel(
+    token,  # [G, n]
+    before,  # [G, n] members
+    after,  # [G, n] members that are left
+    shift,  # [G] position of the last of them
+    changed,  # [G] whether some are not
+    count,  # [G] int64
+    n,
+    FIRST: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """The last member, not the first: that one is often a sink, far from all others."""
+    g = tl.program_id(0).to(tl.int64)
+    last = tl.full([BT], 0, tl.int32)
+    members = tl.full([BT], 0, tl.int32)
+    gone = tl.full([BT], 0, tl.int32)
+    for start in range(0, n, BT):
+        i = start + tl.arange(0, BT)
+        old = tl.load(before + g * n + i, mask=i < n, other=0) != 0
+        new = tl.load(after + g * n + i, mask=i < n, other=0) != 0
+        last = tl.maximum(last, tl.where(new, i, 0))
+        members += new.to(tl.int32)
+        gone += (old != new).to(tl.int32)
+    tl.store(shift + g, tl.load(token + g * n + tl.max(last)))
+    tl.store(count + g, tl.sum(members).to(tl.int64))
+    tl.store(changed + g, 1 if FIRST else tl.sum(gone))
+
+
+@triton.jit(do_not_specialize=["G", "n"])
+def _scale_kernel(
+    member,  # [G, n]
+    top,  # [S, G, n]
+    alive,  # [S, G] whether there is a finite member
+    scale,  # [S, G] the power of two that brings the largest finite magnitude to 1, or 2^TARGET
+    G,
+    n,
+    TARGET: tl.constexpr,
+    BT: tl.constexpr,
+):
+    s, g = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    group = s * G + g
+    largest = tl.zeros([BT], tl.float32)
+    found = tl.full([BT], 0, tl.int32)
+    for start in range(0, n, BT):
+        i = start + tl.arange(0, BT)
+        keep = tl.load(member + g * n + i, mask=i < n, other=0) != 0
+        size = tl.load(top + group * n + i, mask=i < n, other=0.0)
+        finite = keep & (size < float("inf"))
+        largest = tl.maximum(largest, tl.where(finite, size, 0.0))
+        found += finite.to(tl.int32)
+    exponent = (tl.max(largest).to(tl.int32, bitcast=True) >> 23) - 126 - TARGET
+    exponent = tl.where(tl.max(largest) > 0, tl.minimum(tl.maximum(exponent, -120), 120), 0)
+    tl.store(scale + group, ((127 - exponent) << 23).to(tl.float32, bitcast=True))
+    tl.store(alive + group, (tl.sum(found) > 0).to(tl.uint8))
+
+
+@triton.jit(do_not_specialize=["S", "G", "n"])
+def _keep_kernel(
+    member,  # [G, n]
+    top,  # [S, G, n]
+    alive,  # [S, G]
+    kept,  # [G, n] members that are finite in every state with a finite member
+    S,
+    G,
+    n,
+    BT: tl.constexpr,
+):
+    g = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BT + tl.arange(0, BT)
+    keep = tl.load(member + g * n + i, mask=i < n, other=0) != 0
+    some = tl.full([BT], 0, tl.int32)
+    bad = tl.full([BT], 0, tl.int32)
+    group = g
+    for _ in range(0, S):
+        lives = tl.load(alive + group).to(tl.int32)
+        size = tl.load(top + group * n + i, mask=i < n, other=0.0)
+        some += lives
+        bad += tl.where(size < float("inf"), 0, lives)
+        group += G
+    tl.store(kept + g * n + i, (keep & (bad == 0) & (some > 0)).to(tl.uint8), mask=i < n)
 
 
 @triton.jit(do_not_specialize=["stride_s", "stride_b", "stride_t", "T", "G", "blocks"])
@@ -104,7 +187,7 @@ def _mean_kernel(
     shift,  # [G]
     sums,  # [S, G, blocks, D]
     scale,  # [S, G] power of two
-    count,  # [G] fp32
+    count,  # [G]
     mean,  # [S, G, D] scale · mean
     stride_s,
     stride_b,
@@ -126,7 +209,7 @@ def _mean_kernel(
         total += tl.load(sums + (group * blocks + block) * D + d, mask=inside, other=0.0)
     k = tl.load(scale + group)
     zero = tl.load(x + start + d, mask=inside, other=0.0).to(tl.float32)
-    tl.store(mean + group * D + d, (zero + total / tl.load(count + g)) * k, mask=inside)
+    tl.store(mean + group * D + d, (zero + total / tl.load(count + g).to(tl.float32)) * k, mask=inside)
 
 
 @triton.jit(do_not_specialize=["stride_s", "stride_b", "stride_t", "T", "G", "n"])
@@ -134,12 +217,14 @@ def _norm_kernel(
     x,  # [S, B, T, D] by strides
     token,  # [G, n]
     member,  # [G, n]
+    alive,  # [S, G]
     scale,  # [S, G]
-    count,  # [G] fp32
+    count,  # [G]
     mean,  # [S, G, D] scaled
     square,  # [S, G, n] a = ‖c‖², scaled
-    row,  # [S, G, n] what to add to the Gram's row
-    column,  # [S, G, n] and to its column
+    row,  # [2, S, G, n] what to add to a row of the raw and of the one-sided Gram
+    column,  # [2, S, G, n] and to its column
+    length,  # [S, G] ‖m‖²
     stride_s,
     stride_b,
     stride_t,
@@ -151,80 +236,113 @@ def _norm_kernel(
     BD: tl.constexpr,
     ALIGN: tl.constexpr,
     UNBIASED: tl.constexpr,
-    ROUND: tl.constexpr,
+    FP32: tl.constexpr,
 ):
-    block, s, g = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    block, s, g = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     group = s * G + g
     i = block * BT + tl.arange(0, BT)
-    keep = tl.load(member + g.to(tl.int64) * n + i, mask=i < n, other=0) != 0
-    position = tl.load(token + g.to(tl.int64) * n + i, mask=keep, other=0)
+    keep = tl.load(member + g * n + i, mask=i < n, other=0) != 0
+    position = tl.load(token + g * n + i, mask=keep, other=0)
     rows = s * stride_s + (position // T) * stride_b + (position % T) * stride_t
     if ALIGN > 1:
         rows = tl.multiple_of(rows, ALIGN)
     k = tl.load(scale + group)
-    a = tl.zeros([BT], tl.float32)
-    rounded_a = tl.zeros([BT], tl.float32)
-    along_mean = tl.zeros([BT], tl.float32)
+    a = tl.zeros([BT, BD], tl.float32)
+    if not FP32:
+        along = tl.zeros([BT, BD], tl.float32)  # c · m
+        rounded_a = tl.zeros([BT, BD], tl.float32)  # ĉ · c
+        rounded_along = tl.zeros([BT, BD], tl.float32)  # ĉ · m
+        mm = tl.zeros([BD], tl.float32)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
         inside = d < D
         raw = tl.load(x + rows[:, None] + d[None, :], mask=keep[:, None] & inside[None, :], other=0.0)
         m = tl.load(mean + group * D + d, mask=inside, other=0.0)
         c = raw.to(tl.float32) * k - m[None, :]
-        c = tl.where(inside[None, :], c, 0.0)
-        a += tl.sum(c * c, 1)
-        if ROUND:
+        a += c * c
+        if not FP32:
             rounded = c.to(x.dtype.element_ty).to(tl.float32)
-            rounded_a += tl.sum(rounded * c, 1)
-            along_mean += tl.sum(rounded * m[None, :], 1)
-    if not ROUND:
-        rounded_a = a
+            along += c * m[None, :]
+            rounded_a += rounded * c
+            rounded_along += rounded * m[None, :]
+            mm += m * m
+    squared = tl.sum(a, 1)
+    out, far = group * n + i, tl.num_programs(1).to(tl.int64) * G * n
+    lives = tl.load(alive + group) != 0
+    tl.store(square + out, tl.where(keep & lives, squared, 0.0), mask=i < n)
     if UNBIASED:
-        others = tl.load(count + g) - 2
-        rounded_a = rounded_a / others
-        added = a / others
+        share = 1.0 / (tl.load(count + g) - 2).to(tl.float32)
     else:
-        rounded_a = a * 0
-        added = a * 0
-    out = group * n + i
-    tl.store(square + out, tl.where(keep, a, 0.0), mask=i < n)
-    tl.store(row + out, rounded_a - along_mean, mask=i < n)
-    tl.store(column + out, added, mask=i < n)
+        share = 0.0
+    added = squared * share
+    if FP32:
+        tl.store(row + out, added, mask=i < n)
+        tl.store(column + out, added, mask=i < n)
+    else:
+        sideways, total = tl.sum(along, 1), tl.sum(mm, 0)
+        tl.store(row + out, added - sideways - total, mask=i < n)
+        tl.store(column + out, added - sideways, mask=i < n)
+        tl.store(row + far + out, tl.sum(rounded_a, 1) * share - tl.sum(rounded_along, 1), mask=i < n)
+        tl.store(column + far + out, added, mask=i < n)
+        tl.store(length + group, total)
 
 
-@triton.jit(do_not_specialize=["stride_s", "stride_b", "stride_t", "T", "G", "n", "S", "first", "per_group"])
-def _gram_kernel(
-    x,  # [S, B, T, D] by strides
-    token,  # [G, n]
-    member,  # [G, n]
+@triton.jit(do_not_specialize=["G", "n"])
+def _moment_kernel(
+    square,  # [S, G, n]
     scale,  # [S, G]
-    mean,  # [S, G, D] scaled
-    row,  # [S, G, n]
-    column,  # [S, G, n]
-    offset,  # [S, G]
-    gram,  # [tiles of this panel, S, BI·BJ]
-    stride_s,
-    stride_b,
-    stride_t,
-    T,
+    count,  # [G]
+    length,  # [S, G]
+    total,  # [S, G] Σa, scaled
+    offset,  # [S, G] what to add to every entry of the Gram
+    hard,  # [S, G] whether the raw Gram would lose too much to its mean, or leave fp32
+    fourth,  # [G, S] Σa²
+    fourth_max,  # [G, S]
     G,
     n,
-    S,
-    first,
-    per_group,
-    D: tl.constexpr,
-    BI: tl.constexpr,
-    BJ: tl.constexpr,
-    BD: tl.constexpr,
-    ALIGN: tl.constexpr,
+    UNBIASED: tl.constexpr,
     FP32: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    BT: tl.constexpr,
 ):
-    tile, s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    g = (first + tile) // per_group
+    s, g = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    group = s * G + g
+    one = tl.zeros([BT], tl.float64)
+    two = tl.zeros([BT], tl.float64)
+    most = tl.zeros([BT], tl.float64)
+    for start in range(0, n, BT):
+        i = start + tl.arange(0, BT)
+        a = tl.load(square + group * n + i, mask=i < n, other=0.0).to(tl.float64)
+        one += a
+        two += a * a
+        most = tl.maximum(most, a * a)
+    k = tl.load(scale + group)
+    grow = 1.0 / k.to(tl.float64)
+    grow = grow * grow
+    grow = grow * grow
+    place = g * tl.num_programs(0) + s
+    tl.store(fourth + place, tl.sum(two, 0) * grow)
+    tl.store(fourth_max + place, tl.max(most, 0) * grow)
+    every = tl.sum(one, 0)
+    tl.store(total + group, every)
+    examples = tl.load(count + g).to(tl.float64)
+    if UNBIASED:
+        tl.store(offset + group, (-every / ((examples - 1) * (examples - 2))).to(tl.float32))
+    else:
+        tl.store(offset + group, 0.0)
+    if not FP32:
+        far = tl.load(length + group).to(tl.float64) * examples > 16 * every
+        tl.store(hard + group, (far | (k > 2.0**50) | (k < 2.0**-50)).to(tl.int32))
+
+
+@triton.jit
+def _gram_tile(
+    x, token, member, scale, mean, row, column, offset, gram, stride_s, stride_b, stride_t, T, G, n, S, tile, s, g, within,
+    D: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BD: tl.constexpr, ALIGN: tl.constexpr, MODE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """One tile of one state; MODE 0: both operands as they are, 1: the left one centred, 2: both centred, in fp32."""
     # Tiles of a group by column: above and on the diagonal, column J has R·(J + 1) of them.
     R: tl.constexpr = BJ // BI
-    within = ((first + tile) % per_group).to(tl.int32)
     step = within // R
     J = ((tl.sqrt((8 * step + 1).to(tl.float32)) - 1) * 0.5).to(tl.int32)
     J = tl.where(J * (J + 1) // 2 > step, J - 1, J)
@@ -254,19 +372,25 @@ def _gram_kernel(
             a = tl.load(a_pointers, mask=inside[None, :], other=0.0)
             b = tl.load(b_pointers, mask=inside[None, :], other=0.0)
             m = tl.load(mean + group * D + d0 + d, mask=inside, other=0.0)
-        a = a.to(tl.float32) * k - m[None, :]
-        if FP32:
+        if MODE == 2:
+            a = a.to(tl.float32) * k - m[None, :]
             b = b.to(tl.float32) * k - m[None, :]
             total = tl.dot(a, tl.trans(b), total, input_precision="tf32x3")
         else:
-            a = a.to(x.dtype.element_ty)
+            if MODE == 1:
+                a = (a.to(tl.float32) * k - m[None, :]).to(x.dtype.element_ty)
             if INTERPRET:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             total = tl.dot(a, tl.trans(b), total)
         a_pointers += BD
         b_pointers += BD
-    if not FP32:
+    if MODE == 0:
+        total = total * (k * k)
+    if MODE == 1:
         total = total * k
+        far = tl.num_programs(1).to(tl.int64) * G * n
+        row += far
+        column += far
     keep_i = tl.load(member + g * n + i, mask=i < n, other=0) != 0
     keep_j = tl.load(member + g * n + j, mask=j < n, other=0) != 0
     add_i = tl.load(row + group * n + i, mask=i < n, other=0.0) + tl.load(offset + group)
@@ -275,6 +399,54 @@ def _gram_kernel(
     total = tl.where(keep_i[:, None] & keep_j[None, :] & (i[:, None] < j[None, :]), total, 0.0)
     place = tl.arange(0, BI)[:, None] * BJ + tl.arange(0, BJ)[None, :]
     tl.store(gram + (tile * S + s) * (BI * BJ) + place, total.to(gram.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["stride_s", "stride_b", "stride_t", "T", "G", "n", "S", "first", "per_group", "tiles"])
+def _gram_kernel(
+    x,  # [S, B, T, D] by strides
+    token,  # [G, n]
+    member,  # [G, n]
+    scale,  # [S, G]
+    mean,  # [S, G, D] scaled
+    row,  # [S, G, n]
+    column,  # [S, G, n]
+    offset,  # [S, G]
+    hard,  # [S, G]
+    gram,  # [tiles of this panel, S, BI·BJ]
+    stride_s,
+    stride_b,
+    stride_t,
+    T,
+    G,
+    n,
+    S,
+    first,
+    per_group,
+    tiles,
+    D: tl.constexpr,
+    BI: tl.constexpr,
+    BJ: tl.constexpr,
+    BD: tl.constexpr,
+    ALIGN: tl.constexpr,
+    MODE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    s = tl.program_id(1).to(tl.int64)
+    # The rare kernel has few programs, each with several tiles, so that they are gone at once where nothing is to do.
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        tile64 = s * 0 + tile
+        g = (first + tile64) // per_group
+        wanted = True
+        if MODE == 0:
+            wanted = tl.load(hard + s * G + g) == 0
+        if MODE == 1:
+            wanted = tl.load(hard + s * G + g) != 0
+        if wanted:
+            _gram_tile(
+                x, token, member, scale, mean, row, column, offset, gram, stride_s, stride_b, stride_t, T, G, n, S,
+                tile64, s, g, ((first + tile64) % per_group).to(tl.int32),
+                D, BI, BJ, BD, ALIGN, MODE, INTERPRET,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["S", "first"])
@@ -327,16 +499,56 @@ def _contract_kernel(
     tl.store(out + sa[:, None] * S + sa[None, :], aa, mask=(sa[:, None] < S) & (sa[None, :] < S))
 
 
-def _scan(states: Tensor, token: Tensor, member: Tensor, shift: Tensor, wanted: Tensor, sums: Tensor, top: Tensor):
-    S, _, T, D = states.shape
-    _, G, blocks, _ = sums.shape
-    _scan_kernel[(blocks, S, G)](
-        states, token, member, shift, wanted, sums, top, *states.stride()[:3], T, G, token.shape[1], blocks,
-        D=D, BT=_SCAN_TOKENS, BD=min(256, triton.next_power_of_2(D)), ALIGN=_alignment(states), num_warps=4,
-    )  # fmt: skip
+@triton.jit(do_not_specialize=["S", "G", "pieces", "min_tokens"])
+def _finish_kernel(
+    inner,  # [G, pieces, S, S] Σ K L over i < j
+    extra,  # [G, S, S] fp64 Σ a b; not read if unbiased
+    total,  # [S, G] fp64
+    scale,  # [S, G]
+    alive,  # [S, G]
+    count,  # [G]
+    hsic,  # [G, S, S] fp64
+    S,
+    G,
+    pieces,
+    min_tokens,
+    ROUNDING: tl.constexpr,
+    UNBIASED: tl.constexpr,
+    BP: tl.constexpr,
+    BE: tl.constexpr,
+):
+    g = tl.program_id(1).to(tl.int64)
+    e = tl.program_id(0) * BE + tl.arange(0, BE)
+    inside = e < S * S
+    summed = tl.zeros([BP, BE], tl.float64)
+    for start in range(0, pieces, BP):
+        p = start + tl.arange(0, BP)
+        there = (p[:, None] < pieces) & inside[None, :]
+        summed += tl.load(inner + (g * pieces + p[:, None]) * S * S + e[None, :], mask=there, other=0.0).to(tl.float64)
+    value = 2 * tl.sum(summed, 0)
+    a, b = (e // S) * G + g, (e % S) * G + g
+    n = tl.load(count + g)
+    examples = n.to(tl.float64)
+    if UNBIASED:
+        # A self-HSIC within the rounding of its entries is zero: states without structure must not look related.
+        noise = ROUNDING * tl.load(total + a, mask=inside, other=0.0)
+        value = tl.where((a == b) & (value <= noise * noise), 0.0, value) / (examples * (examples - 3))
+    else:
+        value = (value + tl.load(extra + g * S * S + e, mask=inside, other=0.0)) / ((examples - 1) * (examples - 1))
+    ka = tl.load(scale + a, mask=inside, other=1.0).to(tl.float64)
+    kb = tl.load(scale + b, mask=inside, other=1.0).to(tl.float64)
+    value = value / (ka * ka) / (kb * kb)
+    lives = (tl.load(alive + a, mask=inside, other=0) != 0) & (tl.load(alive + b, mask=inside, other=0) != 0)
+    value = tl.where(lives & (n >= min_tokens), value, float("nan"))
+    tl.store(hsic + g * S * S + e, value, mask=inside)
 
 
-_SCAN_TOKENS = 32
+_SCAN = (32, 128, 4)
+_NORM = (16, 128, 4)
+"""Tokens, features and warps of the passes over the states."""
+
+_ROUNDING = {True: 2.0**-20, False: 2.0**-11}
+"""Rounding of an entry of the U-centred Gram, relative to the sum of squared norms, by whether it is fp32."""
 
 
 def _alignment(states: Tensor) -> int:
@@ -345,60 +557,59 @@ def _alignment(states: Tensor) -> int:
     return width if all(stride % width == 0 for stride in states.stride()[:3]) else 1
 
 
-def _last(member: Tensor) -> Tensor:
-    """Index of the last member of each group `[G]`. Not the first: that one is often a sink, far from all others."""
-    n = member.shape[1]
-    return n - 1 - member.flip(1).to(torch.uint8).argmax(1)
-
-
-def _centre(states: Tensor, token: Tensor, member: Tensor) -> tuple[Tensor, ...]:
-    """Members that count `[G, n]`, which states have any `[S, G]`, their scales `[S, G]`, scaled means `[S, G, D]`."""
-    S, _, T, D = states.shape
-    G, n = token.shape
-    blocks = triton.cdiv(n, _SCAN_TOKENS)
-    sums = torch.empty(S, G, blocks, D, dtype=torch.float32, device=states.device)
-    top = torch.empty(S, G, n, dtype=torch.float32, device=states.device)
-    every = torch.arange(G, device=states.device)
-
-    shift = token[every, _last(member)]
-    _scan(states, token, member, shift, torch.ones(G, dtype=torch.int32, device=states.device), sums, top)
-    finite = member & top.isfinite()
-    alive = finite.any(-1)
-    kept = member & (finite | ~alive.unsqueeze(-1)).all(0) & alive.any(0).unsqueeze(-1)
-    # Seldom, and known on the device only: where a token drops out, the means are taken again without it.
-    shift = token[every, _last(kept)]
-    _scan(states, token, kept, shift, (kept != member).any(1).to(torch.int32), sums, top)
-
-    largest = top.masked_fill(~(kept & top.isfinite()), 0.0).amax(-1)
-    # float16 has a narrow range: there the largest magnitude goes near its top.
-    exponent = torch.frexp(largest).exponent - (14 if states.dtype == torch.float16 else 0)
-    scale = (127 - exponent.clamp(-120, 120) << 23).view(torch.float32)
-    count = kept.sum(-1, dtype=torch.float32)
-    mean = torch.empty(S, G, D, dtype=torch.float32, device=states.device)
-    BD = min(256, triton.next_power_of_2(D))
-    _mean_kernel[(triton.cdiv(D, BD), S, G)](
-        states, shift, sums, scale, count, mean, *states.stride()[:3], T, G, blocks, D=D, BD=BD, num_warps=4
-    )
-    return kept, alive, scale, mean
-
-
 def _split(S: int) -> tuple[int, int]:
     """Powers of two that cover S states: the largest one that fits, and one for the rest."""
     main = max(16, 2 ** (S.bit_length() - 1))
     return main, max(16, triton.next_power_of_2(S - main)) if S > main else 0
 
 
+def _centre(states: Tensor, token: Tensor, member: Tensor) -> tuple[Tensor, ...]:
+    """Members that count `[G, n]` and their number `[G]`, states that have any, their scales `[S, G]`, scaled means."""
+    S, _, T, D = states.shape
+    G, n = token.shape
+    strides = states.stride()[:3]
+    BT, BD, warps = _SCAN
+    BD = min(BD, triton.next_power_of_2(D))
+    blocks = triton.cdiv(n, BT)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=states.device)
+
+    sums, top, mean, scale = empty(S, G, blocks, D), empty(S, G, n), empty(S, G, D), empty(S, G)
+    shift, count = empty(G, dtype=torch.int64), empty(G, dtype=torch.int64)
+    changed, alive = empty(G, dtype=torch.int32), empty(S, G, dtype=torch.uint8)
+    kept = empty(G, n, dtype=torch.uint8)
+
+    def look(old: Tensor, new: Tensor, first: bool) -> None:
+        _count_kernel[(G,)](token, old, new, shift, changed, count, n, FIRST=first, BT=1024, num_warps=4)
+        _scan_kernel[(blocks, S, G)](
+            states, token, new, shift, changed, sums, top, *strides, T, G, n, blocks,
+            D=D, BT=BT, BD=BD, ALIGN=_alignment(states), num_warps=warps,
+        )  # fmt: skip
+
+    look(member, member, True)
+    target = 14 if states.dtype == torch.float16 else 0  # float16 is narrow: near its top
+    _scale_kernel[(S, G)](member, top, alive, scale, G, n, TARGET=target, BT=1024, num_warps=4)
+    _keep_kernel[(triton.cdiv(n, 128), G)](member, top, alive, kept, S, G, n, BT=128, num_warps=4)
+    # Seldom, and known on the device only: where a token drops out, the means are taken again without it.
+    look(member, kept, False)
+    BM = min(256, triton.next_power_of_2(D))
+    _mean_kernel[(triton.cdiv(D, BM), S, G)](
+        states, shift, sums, scale, count, mean, *strides, T, G, blocks, D=D, BD=BM, num_warps=4
+    )
+    return kept, count, alive, scale, mean
+
+
 def _inner(
-    states: Tensor, token: Tensor, member: Tensor, centre: tuple[Tensor, ...], shifts: tuple[Tensor, ...],
+    states: Tensor, token: Tensor, kept: Tensor, centre: tuple[Tensor, ...], shifts: tuple[Tensor, ...],
     tiling: Tiling, fp32: bool,
 ) -> Tensor:  # fmt: skip
-    """Σ_{i<j} K_ij L_ij of the shifted Grams `[G, S, S]` in float64."""
+    """Σ_{i<j} K_ij L_ij of the shifted Grams, per piece of a group: `[G, pieces, S, S]`."""
     S, _, T, D = states.shape
     G, n = token.shape
     interpret = not states.is_cuda
-    per_row = tiling.columns // tiling.rows
     columns = triton.cdiv(n, tiling.columns)
-    per_group = per_row * columns * (columns + 1) // 2
+    per_group = tiling.columns // tiling.rows * columns * (columns + 1) // 2
     tiles, entries = G * per_group, tiling.rows * tiling.columns
     dtype = torch.float32 if fp32 else torch.bfloat16
     panel = min(tiles, max(1, _PANEL_BYTES // (S * entries * dtype.itemsize)))
@@ -408,56 +619,61 @@ def _inner(
     BA, BB = _split(S)
     for first in range(0, tiles, panel):
         here = min(panel, tiles - first)
-        _gram_kernel[(here, S)](
-            states, token, member, *centre, *shifts, gram, *states.stride()[:3], T, G, n, S, first, per_group,
-            D=D, BI=tiling.rows, BJ=tiling.columns, BD=tiling.features, ALIGN=_alignment(states), FP32=fp32,
-            INTERPRET=interpret, num_warps=tiling.warps, num_stages=tiling.stages,
-        )  # fmt: skip
+        for mode, programs in ((2, here),) if fp32 else ((0, here), (1, min(here, _RARE))):
+            _gram_kernel[(programs, S)](
+                states, token, kept, *centre, *shifts, gram, *states.stride()[:3], T, G, n, S, first, per_group, here,
+                D=D, BI=tiling.rows, BJ=tiling.columns, BD=tiling.features, ALIGN=_alignment(states), MODE=mode,
+                INTERPRET=interpret, num_warps=tiling.warps, num_stages=tiling.stages - (mode == 1),
+            )  # fmt: skip
         _contract_kernel[(here, tiling.parts)](
-            gram, inner, S, first, ENTRIES=entries, PARTS=tiling.parts, BA=BA, BB=BB, BE=64 if fp32 else 128,
-            FP32=fp32, INTERPRET=interpret, num_warps=8 if BA >= 64 else 4, num_stages=3 if BA < 128 else 2,
+            gram, inner, S, first, ENTRIES=entries, PARTS=tiling.parts, BA=BA, BB=BB, BE=64 if fp32 or BA > 64 else 128,
+            FP32=fp32, INTERPRET=interpret, num_warps=4 if BA < 128 else 8, num_stages=3 if BA < 128 else 2,
         )  # fmt: skip
-    return inner.sum(1, dtype=torch.float64)
+    return inner
 
 
-def _of_groups(states: Tensor, token: Tensor, member: Tensor, estimator: str, short: bool) -> tuple[Tensor, ...]:
+_RARE = 8
+"""Programs per state of the one-sided kernel."""
+
+
+def _of_groups(
+    states: Tensor, token: Tensor, member: Tensor, estimator: str, min_tokens: int, short: bool
+) -> tuple[Tensor, ...]:
     S, _, T, D = states.shape
     G, n = token.shape
     unbiased = estimator == "unbiased"
     fp32 = short or states.dtype == torch.float32
     tiling = (SHORT_FP32 if short else LONG_FP32) if fp32 else LONG
-    kept, alive, scale, mean = _centre(states, token, member)
-    count = kept.sum(-1)
-    square, row, column = (torch.empty(S, G, n, dtype=torch.float32, device=states.device) for _ in range(3))
-    BT = 16
+    kept, count, alive, scale, mean = _centre(states, token, member)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=states.device)
+
+    square, row, column = empty(S, G, n), empty(2, S, G, n), empty(2, S, G, n)
+    length, offset, hard = empty(S, G), empty(S, G), empty(S, G, dtype=torch.int32)
+    total, fourth, fourth_max = (empty(*shape, dtype=torch.float64) for shape in ((S, G), (G, S), (G, S)))
+    hsic = empty(G, S, S, dtype=torch.float64)
+    BT, BD, warps = _NORM
     _norm_kernel[(triton.cdiv(n, BT), S, G)](
-        states, token, kept, scale, count.float(), mean, square, row, column, *states.stride()[:3], T, G, n,
-        D=D, BT=BT, BD=min(512, triton.next_power_of_2(D)), ALIGN=_alignment(states), UNBIASED=unbiased,
-        ROUND=not fp32, num_warps=4,
+        states, token, kept, alive, scale, count, mean, square, row, column, length, *states.stride()[:3], T, G, n,
+        D=D, BT=BT, BD=min(BD, triton.next_power_of_2(D)), ALIGN=_alignment(states), UNBIASED=unbiased, FP32=fp32,
+        num_warps=warps,
     )  # fmt: skip
-    square = square.masked_fill(~alive.unsqueeze(-1), 0.0)
-    examples = count.double()
-    total = square.sum(-1, dtype=torch.float64)
-    offset = -total / ((examples - 1) * (examples - 2)) if unbiased else torch.zeros_like(total)
-    inner = 2 * _inner(states, token, kept, (scale, mean), (row, column, offset.float()), tiling, fp32)
-
-    square = square.double().transpose(0, 1)
-    total, examples = total.T, examples.view(-1, 1, 1)
+    _moment_kernel[(S, G)](
+        square, scale, count, length, total, offset, hard, fourth, fourth_max, G, n,
+        UNBIASED=unbiased, FP32=fp32, BT=1024, num_warps=4,
+    )  # fmt: skip
+    inner = _inner(states, token, kept, (scale, mean), (row, column, offset, hard), tiling, fp32)
     if unbiased:
-        # A self-HSIC within the rounding of its entries is zero: states without structure must not look related.
-        floor = (_ROUNDING[fp32] * total.unsqueeze(-1)).square()
-        same = torch.eye(S, dtype=torch.bool, device=states.device)
-        hsic = inner.masked_fill(same & (inner <= floor), 0.0) / (examples * (examples - 3))
+        extra = hsic
     else:
-        hsic = (inner + square @ square.mT) / (examples - 1).square()
-    grow = scale.double().T.square().reciprocal()
-    hsic = hsic * grow.unsqueeze(1) * grow.unsqueeze(2)
-    fourth = square.square()
-    return hsic, count, fourth.sum(-1) * grow.square(), fourth.amax(-1) * grow.square(), alive.T
-
-
-_ROUNDING = {True: 2.0**-20, False: 2.0**-11}
-"""Rounding of an entry of the U-centred Gram, relative to the sum of squared norms, by whether it is fp32."""
+        wide = square.transpose(0, 1).double()
+        extra = wide @ wide.mT
+    _finish_kernel[(triton.cdiv(S * S, 32), G)](
+        inner, extra, total, scale, alive, count, hsic, S, G, inner.shape[1], min_tokens,
+        ROUNDING=_ROUNDING[fp32], UNBIASED=unbiased, BP=32, BE=32, num_warps=4,
+    )  # fmt: skip
+    return hsic, count, fourth, fourth_max
 
 
 @torch.no_grad()
@@ -470,14 +686,12 @@ def hsic_statistics(
     """
     S, _, _, D = states.shape
     G, n = token.shape
+    member = member.contiguous().view(torch.uint8)
     if short is None:
         short = n <= _SHORT
-    size = 4 * S * triton.cdiv(n, _SCAN_TOKENS) * D
-    step = max(1, _SUMS_BYTES // size)
+    step = max(1, _SUMS_BYTES // (4 * S * triton.cdiv(n, _SCAN[0]) * D))
     parts = [
-        _of_groups(states, token[g : g + step], member[g : g + step].contiguous(), estimator, short)
+        _of_groups(states, token[g : g + step].contiguous(), member[g : g + step], estimator, min_tokens, short)
         for g in range(0, G, step)
     ]
-    hsic, count, fourth, fourth_max, alive = (torch.cat(part) for part in zip(*parts, strict=True))
-    nothing = (count < min_tokens).view(-1, 1, 1) | ~alive.unsqueeze(1) | ~alive.unsqueeze(2)
-    return hsic.masked_fill(nothing, torch.nan), count, fourth, fourth_max
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(part) for part in zip(*parts, strict=True))
