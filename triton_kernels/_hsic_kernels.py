@@ -5,9 +5,9 @@ c_i · x_j = c_i · c_j + c_i · m: the left operand is centred in registers, th
 lies in memory, and c_i · m is subtracted in the epilogue. No centred copy of the states is written. What the rounding ĉ
 of the left operand does to c_i · m is known exactly, since c_i · m is computed from ĉ as well.
 
-The unbiased estimator is an inner product of U-centred Grams, K^U_ij = K_ij + a_i/(n − 2) + a_j/(n − 2) − Σa/((n − 1)(n − 2))
-for i ≠ j with a_i = ‖c_i‖² (Song et al. 2012; row i of K sums to −a_i without its diagonal): HSIC₁ = Σ_{i≠j} K^U_ij L^U_ij
-/(n(n − 3)). The shifts are added before an entry is rounded, so that nothing cancels afterwards.
+The unbiased estimator is an inner product of U-centred Grams: HSIC₁ = Σ_{i≠j} K^U_ij L^U_ij/(n(n − 3)) with
+K^U_ij = K_ij + a_i/(n − 2) + a_j/(n − 2) − Σa/((n − 1)(n − 2)) and a_i = ‖c_i‖², since row i of K sums to −a_i without its
+diagonal. The shifts are added before an entry is rounded, so that nothing cancels afterwards.
 
 Tiles i < j of a panel are written as `[tile, S, BI·BJ]` and contracted over their last axis to `[tile, S, S]` in fp32;
 tiles are added up in fp64. Every state of a group is scaled by a power of two that brings its largest magnitude to 1.
@@ -29,7 +29,7 @@ _PANEL_BYTES = 160 * 2**20
 _SUMS_BYTES = 48 * 2**20
 """Partial sums over blocks of tokens; groups beyond that are worked through in turn."""
 
-_SHORT = 256
+_SHORT = 128
 """Groups up to this length go through the fp32 kernels whatever their dtype: few tokens average no rounding away."""
 
 
@@ -70,6 +70,7 @@ def _scan_kernel(
     D: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
+    STAGES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     block, s, g = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -84,18 +85,18 @@ def _scan_kernel(
         if ALIGN > 1:
             rows = tl.multiple_of(rows, ALIGN)
             start = tl.multiple_of(start, ALIGN)
-        largest = tl.zeros([BT, BD], tl.float32)
-        for d0 in range(0, D, BD):
+        largest = tl.zeros([BT, BD], tl.int32)  # magnitudes as bits: in their order, and NaN above infinity
+        for d0 in tl.range(0, D, BD, num_stages=STAGES):
             d = d0 + tl.arange(0, BD)
             inside = d < D
             value = tl.load(x + rows[:, None] + d[None, :], mask=keep[:, None] & inside[None, :], other=0.0)
             value = value.to(tl.float32)
             zero = tl.load(x + start + d, mask=inside, other=0.0).to(tl.float32)
-            size = tl.abs(value)
-            largest = tl.maximum(largest, tl.where(size < float("inf"), size, float("inf")))
+            largest = tl.maximum(largest, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
             deviation = tl.where(keep[:, None], value - zero[None, :], 0.0)
             tl.store(sums + (group * blocks + block) * D + d, tl.sum(deviation, 0), mask=inside)
-        tl.store(top + group * n + i, tl.max(largest, 1), mask=i < n)
+        bits = tl.minimum(tl.max(largest, 1), 0x7F800000)
+        tl.store(top + group * n + i, bits.to(tl.float32, bitcast=True), mask=i < n)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -234,6 +235,7 @@ def _norm_kernel(
     D: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
+    STAGES: tl.constexpr,
     ALIGN: tl.constexpr,
     UNBIASED: tl.constexpr,
     FP32: tl.constexpr,
@@ -253,7 +255,7 @@ def _norm_kernel(
         rounded_a = tl.zeros([BT, BD], tl.float32)  # ĉ · c
         rounded_along = tl.zeros([BT, BD], tl.float32)  # ĉ · m
         mm = tl.zeros([BD], tl.float32)
-    for d0 in range(0, D, BD):
+    for d0 in tl.range(0, D, BD, num_stages=STAGES):
         d = d0 + tl.arange(0, BD)
         inside = d < D
         raw = tl.load(x + rows[:, None] + d[None, :], mask=keep[:, None] & inside[None, :], other=0.0)
@@ -543,9 +545,9 @@ def _finish_kernel(
     tl.store(hsic + g * S * S + e, value, mask=inside)
 
 
-_SCAN = (32, 128, 4)
-_NORM = (16, 128, 4)
-"""Tokens, features and warps of the passes over the states."""
+_SCAN = (32, 64, 2, 1)
+_NORM = (16, 128, 4, 1)
+"""Tokens, features, warps and stages of the passes over the states."""
 
 _ROUNDING = {True: 2.0**-20, False: 2.0**-11}
 """Rounding of an entry of the U-centred Gram, relative to the sum of squared norms, by whether it is fp32."""
@@ -568,7 +570,7 @@ def _centre(states: Tensor, token: Tensor, member: Tensor) -> tuple[Tensor, ...]
     S, _, T, D = states.shape
     G, n = token.shape
     strides = states.stride()[:3]
-    BT, BD, warps = _SCAN
+    BT, BD, warps, stages = _SCAN
     BD = min(BD, triton.next_power_of_2(D))
     blocks = triton.cdiv(n, BT)
 
@@ -584,7 +586,7 @@ def _centre(states: Tensor, token: Tensor, member: Tensor) -> tuple[Tensor, ...]
         _count_kernel[(G,)](token, old, new, shift, changed, count, n, FIRST=first, BT=1024, num_warps=4)
         _scan_kernel[(blocks, S, G)](
             states, token, new, shift, changed, sums, top, *strides, T, G, n, blocks,
-            D=D, BT=BT, BD=BD, ALIGN=_alignment(states), num_warps=warps,
+            D=D, BT=BT, BD=BD, STAGES=stages, ALIGN=_alignment(states), num_warps=warps,
         )  # fmt: skip
 
     look(member, member, True)
@@ -653,10 +655,10 @@ def _of_groups(
     length, offset, hard = empty(S, G), empty(S, G), empty(S, G, dtype=torch.int32)
     total, fourth, fourth_max = (empty(*shape, dtype=torch.float64) for shape in ((S, G), (G, S), (G, S)))
     hsic = empty(G, S, S, dtype=torch.float64)
-    BT, BD, warps = _NORM
+    BT, BD, warps, stages = _NORM
     _norm_kernel[(triton.cdiv(n, BT), S, G)](
         states, token, kept, alive, scale, count, mean, square, row, column, length, *states.stride()[:3], T, G, n,
-        D=D, BT=BT, BD=min(BD, triton.next_power_of_2(D)), ALIGN=_alignment(states), UNBIASED=unbiased, FP32=fp32,
+        D=D, BT=BT, BD=min(BD, triton.next_power_of_2(D)), STAGES=stages, ALIGN=_alignment(states), UNBIASED=unbiased, FP32=fp32,
         num_warps=warps,
     )  # fmt: skip
     _moment_kernel[(S, G)](
