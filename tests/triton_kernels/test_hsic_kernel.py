@@ -15,6 +15,8 @@ from repflow.triton_kernels.hsic import MIN_TOKENS
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the same on the device")
 
 ESTIMATORS = ("unbiased", "biased")
+TRUNCATED = 2e-2
+"""The interpreter truncates to bfloat16, which makes all entries of a Gram smaller; a GPU rounds them to nearest."""
 
 
 def kernels(states: Tensor, mask: Tensor | None, estimator: str, short: bool) -> tuple[Tensor, ...]:
@@ -58,7 +60,7 @@ def test_the_kernels_of_long_groups(dtype, fault, cases):
         with force("reference"):
             want = hsic_statistics(case.states, case.mask, estimator=estimator)
         got = kernels(case.states, case.mask, estimator, short=False)
-        assert_close(got, want, 1e-5 if dtype == torch.float32 else 5e-3)
+        assert_close(got, want, 1e-5 if dtype == torch.float32 else TRUNCATED)
 
 
 @pytest.mark.parametrize("states", [1, 15, 16, 17, 33, 65])
@@ -103,4 +105,4 @@ def test_magnitudes_whose_squares_leave_fp32(size: float):
         states = (x * size).to(dtype)
         with force("reference"):
             want = hsic_statistics(states)
-        assert_close(kernels(states, None, "unbiased", short), want, 1e-5 if short else 2e-2)
+        assert_close(kernels(states, None, "unbiased", short), want, 1e-5 if short else TRUNCATED)
