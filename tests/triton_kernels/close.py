@@ -22,9 +22,13 @@ def assert_depth(got: tuple[Tensor, ...], want: tuple[Tensor, ...], states: Tens
 
 
 def assert_sums(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
-    """Components of unit vectors, as many as are counted, each rounded a few times."""
+    """Components of unit vectors, as many as are counted, each rounded a few times.
+
+    Tensor cores truncate what they add to sums of one sign: 3e-8 per token keeps every mean cosine to 1e-5 at 8192
+    features.
+    """
     for one, other, count in ((got[0], want[0], want[1]), (got[2], want[2], want[3])):
         assert one.shape == other.shape and one.dtype == torch.float64
-        assert bool(((one - other).abs() <= 5e-7 * count.sqrt().unsqueeze(-1)).all()), (one - other).abs().max()
+        assert bool(((one - other).abs() <= (5e-7 * count.sqrt() + 3e-8 * count).unsqueeze(-1)).all()), (one - other).abs().max()
     for one, other in ((got[1], want[1]), (got[3], want[3])):
         assert one.dtype == torch.int64 and torch.equal(one, other)
