@@ -1,12 +1,14 @@
 """HSIC of every pair of states in Triton: one look at the states for their means, one for the norms, then Gram tiles.
 
-With unit scale, x a token and m the mean of its group, the Gram of the centred tokens c = x − m is taken one-sided,
-c_i · x_j = c_i · c_j + c_i · m: the left operand is centred in registers, the right one goes to the tensor cores as it
-lies in memory, and c_i · m is subtracted in the epilogue. No centred copy of the states is written. What the rounding ĉ
-of the left operand does to c_i · m is known exactly, since c_i · m is computed from ĉ as well.
+With x a token, m the mean of its group and c = x − m, the Gram of the centred tokens comes from tokens as they lie in
+memory: c_i · c_j = x_i · x_j − c_i · m − c_j · m − ‖m‖². No centred copy is written, which would need as much memory as
+the states. Where ‖m‖² is so large that x_i · x_j would lose c_i · c_j in fp32 (a constant of 1e4 on a feature), or
+where squares leave fp32, a second kernel takes over: it centres the left operand in registers, rounds it to ĉ, and
+subtracts ĉ_i · m, which is known exactly. Which of the two is decided on the device for every state and group. fp32
+states and short groups have both operands centred, and products of three TF32 terms.
 
 The unbiased estimator is an inner product of U-centred Grams: HSIC₁ = Σ_{i≠j} K^U_ij L^U_ij/(n(n − 3)) with
-K^U_ij = K_ij + a_i/(n − 2) + a_j/(n − 2) − Σa/((n − 1)(n − 2)) and a_i = ‖c_i‖², since row i of K sums to −a_i without its
+K^U_ij = K_ij + a_i/(n − 2) + a_j/(n − 2) − Σa/((n − 1)(n − 2)) and a_i = ‖c_i‖²: row i of K sums to −a_i without its
 diagonal. The shifts are added before an entry is rounded, so that nothing cancels afterwards.
 
 Tiles i < j of a panel are written as `[tile, S, BI·BJ]` and contracted over their last axis to `[tile, S, S]` in fp32;
@@ -46,8 +48,8 @@ class Tiling:
     """Into how many pieces the contraction cuts a tile."""
 
 
-LONG = Tiling(rows=128, columns=256, features=64, warps=8, stages=4, parts=8)
-LONG_FP32 = Tiling(rows=128, columns=128, features=32, warps=8, stages=2, parts=2)
+LONG = Tiling(rows=128, columns=256, features=64, warps=8, stages=3, parts=8)
+LONG_FP32 = Tiling(rows=64, columns=128, features=32, warps=4, stages=3, parts=2)
 SHORT_FP32 = Tiling(rows=64, columns=64, features=32, warps=4, stages=2, parts=1)
 
 
@@ -250,11 +252,11 @@ def _norm_kernel(
         rows = tl.multiple_of(rows, ALIGN)
     k = tl.load(scale + group)
     a = tl.zeros([BT, BD], tl.float32)
+    mm = tl.zeros([BD], tl.float32)
     if not FP32:
         along = tl.zeros([BT, BD], tl.float32)  # c · m
         rounded_a = tl.zeros([BT, BD], tl.float32)  # ĉ · c
         rounded_along = tl.zeros([BT, BD], tl.float32)  # ĉ · m
-        mm = tl.zeros([BD], tl.float32)
     for d0 in tl.range(0, D, BD, num_stages=STAGES):
         d = d0 + tl.arange(0, BD)
         inside = d < D
@@ -262,31 +264,30 @@ def _norm_kernel(
         m = tl.load(mean + group * D + d, mask=inside, other=0.0)
         c = raw.to(tl.float32) * k - m[None, :]
         a += c * c
+        mm += m * m
         if not FP32:
             rounded = c.to(x.dtype.element_ty).to(tl.float32)
             along += c * m[None, :]
             rounded_a += rounded * c
             rounded_along += rounded * m[None, :]
-            mm += m * m
-    squared = tl.sum(a, 1)
+    squared, total = tl.sum(a, 1), tl.sum(mm, 0)
+    tl.store(length + group, total)
     out, far = group * n + i, tl.num_programs(1).to(tl.int64) * G * n
     lives = tl.load(alive + group) != 0
     tl.store(square + out, tl.where(keep & lives, squared, 0.0), mask=i < n)
+    share = 0.0
     if UNBIASED:
         share = 1.0 / (tl.load(count + g) - 2).to(tl.float32)
-    else:
-        share = 0.0
     added = squared * share
     if FP32:
         tl.store(row + out, added, mask=i < n)
         tl.store(column + out, added, mask=i < n)
     else:
-        sideways, total = tl.sum(along, 1), tl.sum(mm, 0)
+        sideways = tl.sum(along, 1)
         tl.store(row + out, added - sideways - total, mask=i < n)
         tl.store(column + out, added - sideways, mask=i < n)
         tl.store(row + far + out, tl.sum(rounded_a, 1) * share - tl.sum(rounded_along, 1), mask=i < n)
         tl.store(column + far + out, added, mask=i < n)
-        tl.store(length + group, total)
 
 
 @triton.jit(do_not_specialize=["G", "n"])
@@ -338,19 +339,20 @@ def _moment_kernel(
 
 @triton.jit
 def _gram_tile(
-    x, token, member, scale, mean, row, column, offset, gram, stride_s, stride_b, stride_t, T, G, n, S, tile, s, g, within,
+    x, token, member, scale, mean, row, column, offset, gram, stride_s, stride_b, stride_t, T, G, n, S,
+    tile, s, g, within,
     D: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BD: tl.constexpr, ALIGN: tl.constexpr, MODE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One tile of one state; MODE 0: both operands as they are, 1: the left one centred, 2: both centred, in fp32."""
-    # Tiles of a group by column: above and on the diagonal, column J has R·(J + 1) of them.
-    R: tl.constexpr = BJ // BI
-    step = within // R
-    J = ((tl.sqrt((8 * step + 1).to(tl.float32)) - 1) * 0.5).to(tl.int32)
-    J = tl.where(J * (J + 1) // 2 > step, J - 1, J)
-    J = tl.where((J + 1) * (J + 2) // 2 <= step, J + 1, J)
-    I = (step - J * (J + 1) // 2) * R + within % R
-    i, j = I * BI + tl.arange(0, BI), J * BJ + tl.arange(0, BJ)
+    # Tiles of a group by column: above and on the diagonal, column c has RATIO·(c + 1) of them.
+    RATIO: tl.constexpr = BJ // BI
+    step = within // RATIO
+    c = ((tl.sqrt((8 * step + 1).to(tl.float32)) - 1) * 0.5).to(tl.int32)
+    c = tl.where(c * (c + 1) // 2 > step, c - 1, c)
+    c = tl.where((c + 1) * (c + 2) // 2 <= step, c + 1, c)
+    r = (step - c * (c + 1) // 2) * RATIO + within % RATIO
+    i, j = r * BI + tl.arange(0, BI), c * BJ + tl.arange(0, BJ)
     group = s * G + g
 
     position = tl.load(token + g * n + i, mask=i < n, other=0)
@@ -506,6 +508,7 @@ def _finish_kernel(
     inner,  # [G, pieces, S, S] Σ K L over i < j
     extra,  # [G, S, S] fp64 Σ a b; not read if unbiased
     total,  # [S, G] fp64
+    length,  # [S, G]
     scale,  # [S, G]
     alive,  # [S, G]
     count,  # [G]
@@ -515,6 +518,7 @@ def _finish_kernel(
     pieces,
     min_tokens,
     ROUNDING: tl.constexpr,
+    MEAN_ROUNDING: tl.constexpr,
     UNBIASED: tl.constexpr,
     BP: tl.constexpr,
     BE: tl.constexpr,
@@ -533,8 +537,11 @@ def _finish_kernel(
     examples = n.to(tl.float64)
     if UNBIASED:
         # A self-HSIC within the rounding of its entries is zero: states without structure must not look related.
-        noise = ROUNDING * tl.load(total + a, mask=inside, other=0.0)
-        value = tl.where((a == b) & (value <= noise * noise), 0.0, value) / (examples * (examples - 3))
+        squares = tl.load(total + a, mask=inside, other=0.0)
+        # n entries of a row; what is left of the mean, whose rounding is 2⁻²² of it, meets that row's token.
+        operands = ROUNDING * ROUNDING * squares * squares / examples
+        means = MEAN_ROUNDING * MEAN_ROUNDING * tl.load(length + a, mask=inside, other=0.0) * squares * examples
+        value = tl.where((a == b) & (value <= operands + means), 0.0, value) / (examples * (examples - 3))
     else:
         value = (value + tl.load(extra + g * S * S + e, mask=inside, other=0.0)) / ((examples - 1) * (examples - 1))
     ka = tl.load(scale + a, mask=inside, other=1.0).to(tl.float64)
@@ -545,12 +552,13 @@ def _finish_kernel(
     tl.store(hsic + g * S * S + e, value, mask=inside)
 
 
-_SCAN = (32, 64, 2, 1)
-_NORM = (16, 128, 4, 1)
+_SCAN = (32, 64, 1, 3)
+_NORM = (8, 128, 2, 3)
 """Tokens, features, warps and stages of the passes over the states."""
 
-_ROUNDING = {True: 2.0**-20, False: 2.0**-11}
-"""Rounding of an entry of the U-centred Gram, relative to the sum of squared norms, by whether it is fp32."""
+_ROUNDING = {True: 2.0**-20, False: 2.0**-7}
+"""Rounding of an operand, by whether the kernels are fp32. Of states without structure (one token differs from all
+others), n entries of the U-centred Gram are left, each this small relative to Σa/n."""
 
 
 def _alignment(states: Tensor) -> int:
@@ -562,7 +570,7 @@ def _alignment(states: Tensor) -> int:
 def _split(S: int) -> tuple[int, int]:
     """Powers of two that cover S states: the largest one that fits, and one for the rest."""
     main = max(16, 2 ** (S.bit_length() - 1))
-    return main, max(16, triton.next_power_of_2(S - main)) if S > main else 0
+    return main, max(16, triton.next_power_of_2(S - main)) if main < S else 0
 
 
 def _centre(states: Tensor, token: Tensor, member: Tensor) -> tuple[Tensor, ...]:
@@ -619,17 +627,18 @@ def _inner(
     gram = torch.empty(panel, S, entries, dtype=dtype, device=states.device)
     inner = torch.empty(G, per_group * tiling.parts, S, S, dtype=torch.float32, device=states.device)
     BA, BB = _split(S)
+    warps = 2 if BA <= 32 and not fp32 else 4 if BA < 128 else 8
     for first in range(0, tiles, panel):
         here = min(panel, tiles - first)
         for mode, programs in ((2, here),) if fp32 else ((0, here), (1, min(here, _RARE))):
             _gram_kernel[(programs, S)](
                 states, token, kept, *centre, *shifts, gram, *states.stride()[:3], T, G, n, S, first, per_group, here,
                 D=D, BI=tiling.rows, BJ=tiling.columns, BD=tiling.features, ALIGN=_alignment(states), MODE=mode,
-                INTERPRET=interpret, num_warps=tiling.warps, num_stages=tiling.stages - (mode == 1),
+                INTERPRET=interpret, num_warps=tiling.warps, num_stages=tiling.stages,
             )  # fmt: skip
         _contract_kernel[(here, tiling.parts)](
             gram, inner, S, first, ENTRIES=entries, PARTS=tiling.parts, BA=BA, BB=BB, BE=64 if fp32 or BA > 64 else 128,
-            FP32=fp32, INTERPRET=interpret, num_warps=4 if BA < 128 else 8, num_stages=3 if BA < 128 else 2,
+            FP32=fp32, INTERPRET=interpret, num_warps=warps, num_stages=3 if BA < 128 else 2,
         )  # fmt: skip
     return inner
 
@@ -658,8 +667,8 @@ def _of_groups(
     BT, BD, warps, stages = _NORM
     _norm_kernel[(triton.cdiv(n, BT), S, G)](
         states, token, kept, alive, scale, count, mean, square, row, column, length, *states.stride()[:3], T, G, n,
-        D=D, BT=BT, BD=min(BD, triton.next_power_of_2(D)), STAGES=stages, ALIGN=_alignment(states), UNBIASED=unbiased, FP32=fp32,
-        num_warps=warps,
+        D=D, BT=BT, BD=min(BD, triton.next_power_of_2(D)), STAGES=stages, ALIGN=_alignment(states),
+        UNBIASED=unbiased, FP32=fp32, num_warps=warps,
     )  # fmt: skip
     _moment_kernel[(S, G)](
         square, scale, count, length, total, offset, hard, fourth, fourth_max, G, n,
@@ -672,8 +681,8 @@ def _of_groups(
         wide = square.transpose(0, 1).double()
         extra = wide @ wide.mT
     _finish_kernel[(triton.cdiv(S * S, 32), G)](
-        inner, extra, total, scale, alive, count, hsic, S, G, inner.shape[1], min_tokens,
-        ROUNDING=_ROUNDING[fp32], UNBIASED=unbiased, BP=32, BE=32, num_warps=4,
+        inner, extra, total, length, scale, alive, count, hsic, S, G, inner.shape[1], min_tokens,
+        ROUNDING=_ROUNDING[fp32], MEAN_ROUNDING=2.0**-22, UNBIASED=unbiased, BP=32, BE=32, num_warps=4,
     )  # fmt: skip
     return hsic, count, fourth, fourth_max
 

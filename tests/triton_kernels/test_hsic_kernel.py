@@ -3,6 +3,8 @@
 Short groups go through the fp32 kernels whatever their dtype. `short=False` sends them through those of long ones.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +19,15 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu run
 ESTIMATORS = ("unbiased", "biased")
 TRUNCATED = 2e-2
 """The interpreter truncates to bfloat16, which makes all entries of a Gram smaller; a GPU rounds them to nearest."""
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them, and less for the interpreter to do."""
+    long = _hsic_kernels.Tiling(rows=16, columns=32, features=16, warps=4, stages=1, parts=2)
+    monkeypatch.setattr(_hsic_kernels, "LONG", long)
+    monkeypatch.setattr(_hsic_kernels, "LONG_FP32", long)
+    monkeypatch.setattr(_hsic_kernels, "SHORT_FP32", replace(long, columns=16, parts=1))
 
 
 def kernels(states: Tensor, mask: Tensor | None, estimator: str, short: bool) -> tuple[Tensor, ...]:
@@ -54,8 +65,8 @@ def test_agrees_with_the_reference(flat_case, estimator):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("fault", ["no_fault", "fault_nan_feature", "fault_nan_state", "fault_offset"])
 def test_the_kernels_of_long_groups(dtype, fault, cases):
-    """140 tokens: two row tiles, the second of which is mostly empty; documents are shorter."""
-    case = cases.Case(dtype, (3, 2, 140, 36), cases.mask_holes, getattr(cases, fault))
+    """40 tokens: two column tiles, the second of which is mostly empty."""
+    case = cases.Case(dtype, (3, 2, 40, 36), cases.mask_holes, getattr(cases, fault))
     for estimator in ESTIMATORS:
         with force("reference"):
             want = hsic_statistics(case.states, case.mask, estimator=estimator)
@@ -72,10 +83,10 @@ def test_any_number_of_states(states: int):
     assert_close(kernels(x, None, "unbiased", short=True), want, 1e-5)
 
 
-@pytest.mark.parametrize("panel_bytes", [1, 3 * 64 * 64 * 4 * 2 + 1])
+@pytest.mark.parametrize("panel_bytes", [1, 3 * 16 * 16 * 4 * 2 + 1])
 def test_panels_do_not_show(panel_bytes: int, monkeypatch: pytest.MonkeyPatch):
     """One tile at a time, and two with a shorter last panel, over two groups of three tiles."""
-    x = torch.randn(3, 2, 100, 20)
+    x = torch.randn(3, 2, 30, 20)
     whole = kernels(x, None, "unbiased", short=True)
     monkeypatch.setattr(_hsic_kernels, "_PANEL_BYTES", panel_bytes)
     for one, other in zip(kernels(x, None, "unbiased", short=True), whole, strict=True):
@@ -106,3 +117,14 @@ def test_magnitudes_whose_squares_leave_fp32(size: float):
         with force("reference"):
             want = hsic_statistics(states)
         assert_close(kernels(states, None, "unbiased", short), want, 1e-5 if short else TRUNCATED)
+
+
+@pytest.mark.parametrize(("short", "dtype"), [(True, torch.float32), (True, torch.bfloat16), (False, torch.bfloat16)])
+@pytest.mark.parametrize("common", [0.0, 1.0, 50.0])
+def test_states_without_structure_have_no_self_hsic(short: bool, dtype: torch.dtype, common: float):
+    """One token differs from all others, which are the same: the U-centred Gram is zero, and rounding must not show."""
+    states = torch.randn(3, 1, 60, 24)
+    states[1] = common * torch.randn(24)
+    states[1, 0, 37] += torch.randn(24)
+    hsic = kernels(states.to(dtype), None, "unbiased", short)[0][0]
+    assert hsic[1, 1] == 0 and (hsic.diagonal()[[0, 2]] > 0).all()
