@@ -15,6 +15,10 @@ Tiles i < j of a panel are written as `[tile, S, BI·BJ]` and contracted over th
 tiles are added up in fp64. Every state of a group is scaled by a power of two that brings its largest magnitude to 1.
 """
 
+# Triton's language is typed for its compiler, not for pyright.
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportAssignmentType=false
+
 from dataclasses import dataclass
 
 import torch
