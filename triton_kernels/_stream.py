@@ -29,7 +29,6 @@ from repflow.triton_kernels.groups import find_groups
 
 _TINY, _HUGE = 1e-24, 1e36  # Sums of squares in float32 outside these may have lost digits.
 _TINY_SPREAD = 1e-12
-_INTERPRET = triton.knobs.runtime.interpret  # Its `tl.dot` of bfloat16 is wrong, of float32 right.
 _ROUNDING = 3e-7  # Bound on the relative error of a float32 sum of squares as the walk takes it.
 
 
@@ -60,25 +59,6 @@ def _tile_sum(x):
     return tl.sum(tl.sum(x, axis=0), axis=1)
 
 
-@triton.jit
-def _walk_step(
-    raw, before, change_before, away, total, total_square, s, square, update, bend, plane, target, inside,
-    WITH_DEPTH: tl.constexpr,
-):  # fmt: skip
-    """One state further: `away` is its distance from the first state, by which the sums for the spread are shifted."""
-    here = raw.to(tl.float32)
-    change = here - before
-    tl.store(square + s * plane + target, _tile_sum(here * here), mask=inside)
-    tl.store(update + (s - 1) * plane + target, _tile_sum(change * change), mask=inside)
-    if WITH_DEPTH:
-        bent = _tile_sum(tl.abs(change - change_before))
-        tl.store(bend + (s - 2) * plane + target, bent, mask=_only_if(s >= 2, inside))
-        away += change
-        total += away
-        total_square += away * away
-    return here, change, away, total, total_square
-
-
 @triton.jit(
     do_not_specialize=["num_states", "num_tokens", "row_tokens", "stride_s", "stride_b", "stride_t"],
 )
@@ -103,6 +83,8 @@ def _walk_kernel(
     ALIGN: tl.constexpr,
     HAS_MASK: tl.constexpr,
     WITH_DEPTH: tl.constexpr,
+    AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     pid = tl.program_id(0)
     block = pid % F
@@ -118,31 +100,32 @@ def _walk_kernel(
     plane = num_tokens.to(tl.int64) * F
     target = block.to(tl.int64) * num_tokens + n
 
-    before = tl.load(pointer, mask=used, other=0.0).to(tl.float32)
-    tl.store(square + target, _tile_sum(before * before), mask=inside)
-    change = before * 0.0
-    away = tl.zeros_like(before)
-    total = tl.zeros_like(before)
-    total_square = tl.zeros_like(before)
-    # Two states per turn, while the next two are on their way.
-    odd = tl.load(pointer + step_s, mask=_only_if(num_states > 1, used), other=0.0)
-    even = tl.load(pointer + 2 * step_s, mask=_only_if(num_states > 2, used), other=0.0)
-    for s in range(1, num_states - 1, 2):
-        raw, raw_after = odd, even
-        odd = tl.load(pointer + (s + 2) * step_s, mask=_only_if(s + 2 < num_states, used), other=0.0)
-        even = tl.load(pointer + (s + 3) * step_s, mask=_only_if(s + 3 < num_states, used), other=0.0)
-        before, change, away, total, total_square = _walk_step(
-            raw, before, change, away, total, total_square, s, square, update, bend, plane, target, inside, WITH_DEPTH
-        )
-        before, change, away, total, total_square = _walk_step(
-            raw_after, before, change, away, total, total_square, s + 1, square, update, bend, plane, target, inside,
-            WITH_DEPTH,
-        )  # fmt: skip
-    if num_states % 2 == 0:
-        before, change, away, total, total_square = _walk_step(
-            odd, before, change, away, total, total_square, num_states - 1, square, update, bend, plane, target, inside,
-            WITH_DEPTH,
-        )  # fmt: skip
+    raw = tl.load(pointer, mask=used, other=0.0)
+    first = raw.to(tl.float32)
+    tl.store(square + target, _tile_sum(first * first), mask=inside)
+    before = first
+    change_before = first * 0.0
+    total = tl.zeros_like(first)
+    total_square = tl.zeros_like(first)
+    if AHEAD:
+        raw = tl.load(pointer + step_s, mask=_only_if(num_states > 1, used), other=0.0)
+    for s in tl.range(1, num_states, num_stages=STAGES):
+        if AHEAD:
+            here = raw.to(tl.float32)
+            raw = tl.load(pointer + (s + 1) * step_s, mask=_only_if(s + 1 < num_states, used), other=0.0)
+        else:
+            here = tl.load(pointer + s * step_s, mask=used, other=0.0).to(tl.float32)
+        change = here - before
+        tl.store(square + s * plane + target, _tile_sum(here * here), mask=inside)
+        tl.store(update + (s - 1) * plane + target, _tile_sum(change * change), mask=inside)
+        if WITH_DEPTH:
+            bent = _tile_sum(tl.abs(change - change_before))
+            tl.store(bend + (s - 2) * plane + target, bent, mask=_only_if(s >= 2, inside))
+            change_before = change
+            away = here - first
+            total += away
+            total_square += away * away
+        before = here
     if WITH_DEPTH:
         count = num_states.to(tl.float32)
         variance = (total_square - total * total / count) / count
@@ -304,7 +287,17 @@ def _finish_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["num_states", "num_tokens", "row_tokens", "stride_s", "stride_b", "stride_t", "pieces", "chunks", "span"],
+    do_not_specialize=[
+        "num_states",
+        "num_tokens",
+        "row_tokens",
+        "stride_s",
+        "stride_b",
+        "stride_t",
+        "pieces",
+        "chunks",
+        "span",
+    ],
 )
 def _sum_kernel(
     states,  # [S, B, T, D]
@@ -385,87 +378,6 @@ def _sum_kernel(
         tl.store(update_used + layer * pieces + piece, tl.sum(update_count, axis=1), mask=moves)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_states", "num_tokens", "row_tokens", "stride_s", "stride_b", "stride_t", "pieces", "chunks", "span"
-    ],
-)
-def _product_kernel(
-    states,  # [S, B, T, D] bfloat16
-    weight,  # [S, N] float32
-    update_weight,  # [S-1, N] float32
-    sums,  # [3, S, G, C, D] float32: Σ w h, Σ v h, Σ v' h, with v' the weight of the update that leads to h
-    used,  # [S, G, C] int32
-    update_used,  # [S-1, G, C] int32
-    num_states,
-    num_tokens,
-    row_tokens,
-    stride_s,
-    stride_b,
-    stride_t,
-    pieces,  # G · C
-    chunks,
-    span,  # tokens of a chunk
-    D: tl.constexpr,
-    BT: tl.constexpr,
-    BD: tl.constexpr,
-    ALIGN: tl.constexpr,
-    STAGES: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    """The sums as products of weights with states on the tensor cores, which reads every state once.
-
-    A float32 weight is the sum of three bfloat16 numbers, each a row of the left factor: the products are exact.
-    """
-    pid = tl.program_id(0)
-    block = pid % tl.cdiv(D, BD)
-    piece = pid // tl.cdiv(D, BD)
-    s = piece // pieces
-    piece = piece % pieces
-    group = piece // chunks
-    feature = block * BD + tl.arange(0, BD)
-    known = (feature < D)[None, :]
-    low = (piece % chunks) * span
-    high = tl.minimum(row_tokens, low + span)
-    layer = s.to(tl.int64)
-    origin = states + (layer * stride_s + group.to(tl.int64) * stride_b) * ALIGN + feature[None, :]
-    row = tl.arange(0, 16)
-    total = tl.zeros((16, BD), tl.float32)
-    count = tl.zeros((BT,), tl.int32)
-    update_count = tl.zeros((BT,), tl.int32)
-    cells = layer * num_tokens + group.to(tl.int64) * row_tokens
-    for at in tl.range(low, high, BT, num_stages=STAGES):
-        t = at + tl.arange(0, BT)
-        here = t < high
-        w = tl.load(weight + cells + t, mask=here, other=0.0)
-        v = tl.load(update_weight + cells + t, mask=_only_if(s + 1 < num_states, here), other=0.0)
-        led = tl.load(update_weight + (cells - num_tokens) + t, mask=_only_if(s > 0, here), other=0.0)
-        # A token without a direction may hold anything: it is not read.
-        readable = ((w > 0) | (v > 0) | (led > 0))[:, None]
-        x = tl.load(origin + (t.to(tl.int64) * stride_t * ALIGN)[:, None], mask=readable & known, other=0.0)
-        which = (row // 3)[:, None]
-        full = tl.where(which == 0, w[None, :], tl.where(which == 1, v[None, :], led[None, :]))
-        high_part = full.to(tl.bfloat16).to(tl.float32)
-        middle_part = (full - high_part).to(tl.bfloat16).to(tl.float32)
-        part = (row % 3)[:, None]
-        left = tl.where(part == 0, high_part, tl.where(part == 1, middle_part, full - high_part - middle_part))
-        if INTERPRET:
-            total = tl.dot(left.to(tl.bfloat16).to(tl.float32), x.to(tl.float32), total)
-        else:
-            total = tl.dot(left.to(tl.bfloat16), x, total)
-        count += (w > 0).to(tl.int32)
-        update_count += (v > 0).to(tl.int32)
-    plane = num_states.to(tl.int64) * pieces
-    target = sums + (layer * pieces + piece) * D + feature
-    for kind in tl.static_range(3):
-        mine = tl.where((row // 3 == kind)[:, None], total, 0.0)
-        tl.store(target + kind * plane * D, tl.sum(mine, axis=0), mask=feature < D)
-    if block == 0:
-        tl.store(used + layer * pieces + piece, tl.sum(count, axis=0))
-        if s + 1 < num_states:
-            tl.store(update_used + layer * pieces + piece, tl.sum(update_count, axis=0))
-
-
 @triton.jit(do_not_specialize=["num_states", "chunks"])
 def _total_kernel(
     sums,  # [S, G, C, D] float32
@@ -480,7 +392,6 @@ def _total_kernel(
     chunks,
     D: tl.constexpr,
     BD: tl.constexpr,
-    PRODUCTS: tl.constexpr,
 ):
     feature = tl.program_id(1) * BD + tl.arange(0, BD)
     known = feature < D
@@ -490,19 +401,12 @@ def _total_kernel(
     update_total = tl.zeros((BD,), tl.float64)
     number = tl.zeros((), tl.int64)
     update_number = tl.zeros((), tl.int64)
-    groups = tl.num_programs(0) // num_states
-    plane = tl.num_programs(0).to(tl.int64) * chunks * D
     for chunk in range(0, chunks):
         piece = cell.to(tl.int64) * chunks + chunk
         total += tl.load(sums + piece * D + feature, mask=known, other=0.0).to(tl.float64)
-        if PRODUCTS:
-            start = tl.load(sums + plane + piece * D + feature, mask=known, other=0.0)
-            following = sums + 2 * plane + (piece + groups * chunks) * D + feature
-            stop = tl.load(following, mask=_only_if(moves, known), other=0.0)
-            update_total += stop.to(tl.float64) - start.to(tl.float64)
-        else:
-            part = tl.load(update_sums + piece * D + feature, mask=_only_if(moves, known), other=0.0)
-            update_total += part.to(tl.float64)
+        update_total += tl.load(update_sums + piece * D + feature, mask=_only_if(moves, known), other=0.0).to(
+            tl.float64
+        )
         number += tl.load(used + piece).to(tl.int64)
         update_number += tl.load(update_used + piece, mask=moves, other=0).to(tl.int64)
     target = cell.to(tl.int64) * D + feature
@@ -517,36 +421,25 @@ def _total_kernel(
 class Settings:
     """Block sizes and warps; fixed for a shape class, since measuring at run time would make results vary."""
 
-    walk: tuple[int, int, int] = (2, 4, 64)
+    walk: tuple[int, int, int] = (1, 4, 256)
     """R, BT, W: features per tile are R·W."""
-    walk_warps: int = 1
+    walk_warps: int = 4
+    walk_ahead: bool = True
+    walk_stages: int = 1
     finish_tokens: int = 64
     sum_block: tuple[int, int, int] = (4, 4, 128)
     """BS, BT, BD."""
     sum_warps: int = 4
-    sum_stages: int = 1
+    sum_stages: int = 3
     span: int = 256
     """Tokens per chunk."""
-    products: bool = False
-    """Whether tensor cores sum the unit vectors of bfloat16 states."""
-    product_block: tuple[int, int] = (32, 256)
-    """BT, BD."""
-    product_warps: int = 4
-    product_stages: int = 3
-    product_span: int = 512
 
 
 def choose_settings(dtype: torch.dtype, features: int) -> Settings:
     """The settings of a shape class."""
-    width = min(64, max(8, triton.next_power_of_2(features)))
-    block = min(128, max(8, triton.next_power_of_2(features)))
-    wide = min(256, max(16, triton.next_power_of_2(features)))
-    return Settings(
-        walk=(2 if features > width else 1, 4, width),
-        sum_block=(4, 4, block),
-        products=features >= 64,
-        product_block=(32, wide),
-    )
+    width = min(256, max(8, triton.next_power_of_2(features)))
+    block = min(128, width)
+    return Settings(walk=(1, min(64, 1024 // width), width), sum_block=(4, 4, block))
 
 
 @dataclass(frozen=True)
@@ -610,7 +503,7 @@ def _stream(
     shared = dict(D=features, F=blocks, ALIGN=align, HAS_MASK=has_mask, WITH_DEPTH=depth)
     _walk_kernel[(triton.cdiv(n, block_tokens) * blocks,)](
         states, valid, square, update, bend, spread, *sizes, R=r, BT=block_tokens, W=width,
-        num_warps=settings.walk_warps, **shared,
+        AHEAD=settings.walk_ahead, STAGES=settings.walk_stages, num_warps=settings.walk_warps, **shared,
     )  # fmt: skip
 
     maps: tuple[Tensor, ...] = ()
@@ -629,12 +522,10 @@ def _stream(
     if not sums:
         return maps, ()
 
-    products = settings.products and states.dtype == torch.bfloat16 and tokens.order is None
-    span = n if tokens.order is not None else settings.product_span if products else settings.span
+    span = settings.span if tokens.order is None else n
     chunks = triton.cdiv(row_tokens, span) if tokens.order is None else 1
     groups = tokens.groups
-    shape = (groups, chunks, features)
-    parts = (empty(3, s, *shape), square) if products else (empty(s, *shape), empty(s - 1, *shape))
+    parts = (empty(s, groups, chunks, features), empty(s - 1, groups, chunks, features))
     parts += tuple(empty(layers, groups, chunks, dtype=torch.int32) for layers in (s, s - 1))
     results = (
         empty(s, groups, features, dtype=torch.float64),
@@ -644,25 +535,16 @@ def _stream(
     )
     if groups == 0:
         return maps, results
-    pieces = groups * chunks
-    if products:
-        product_tokens, product_width = settings.product_block
-        _product_kernel[(triton.cdiv(features, product_width) * s * pieces,)](
-            states, weight, update_weight, parts[0], *parts[2:], *sizes, pieces, chunks, span, D=features,
-            BT=product_tokens, BD=product_width, ALIGN=align, STAGES=settings.product_stages, INTERPRET=_INTERPRET,
-            num_warps=settings.product_warps,
-        )  # fmt: skip
-    else:
-        block_states, sum_tokens, sum_width = settings.sum_block
-        order = square if tokens.order is None else tokens.order
-        begin = square if tokens.begin is None else tokens.begin
-        _sum_kernel[(triton.cdiv(features, sum_width) * triton.cdiv(s, block_states) * pieces,)](
-            states, weight, update_weight, order, begin, *parts, *sizes, pieces, chunks, span, D=features, BS=block_states,
-            BT=sum_tokens, BD=sum_width, ALIGN=align, HAS_ORDER=tokens.order is not None, STAGES=settings.sum_stages,
-            num_warps=settings.sum_warps,
-        )  # fmt: skip
+    block_states, sum_tokens, sum_width = settings.sum_block
+    order = square if tokens.order is None else tokens.order
+    begin = square if tokens.begin is None else tokens.begin
+    _sum_kernel[(triton.cdiv(features, sum_width) * triton.cdiv(s, block_states) * groups * chunks,)](
+        states, weight, update_weight, order, begin, *parts, *sizes, groups * chunks, chunks, span, D=features, BS=block_states,
+        BT=sum_tokens, BD=sum_width, ALIGN=align, HAS_ORDER=tokens.order is not None, STAGES=settings.sum_stages,
+        num_warps=settings.sum_warps,
+    )  # fmt: skip
     total_width = min(256, triton.next_power_of_2(features))
     _total_kernel[(s * groups, triton.cdiv(features, total_width))](
-        *parts, *results, num_states, chunks, D=features, BD=total_width, PRODUCTS=products, num_warps=2
+        *parts, *results, num_states, chunks, D=features, BD=total_width, num_warps=2
     )
     return maps, results

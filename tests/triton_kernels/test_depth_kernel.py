@@ -48,4 +48,4 @@ def test_the_same_bits_every_time(cases):
     states = cases.Case(torch.bfloat16, (4, 2, 40, 130)).states
     with force("triton"):
         first, again = depth_statistics(states), depth_statistics(states)
-    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, again))
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, again, strict=True))
