@@ -17,7 +17,7 @@ tiles are added up in fp64. Every state of a group is scaled by a power of two t
 
 # Triton's language is typed for its compiler, not for pyright.
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
-# pyright: reportPossiblyUnboundVariable=false, reportAssignmentType=false
+# pyright: reportPossiblyUnboundVariable=false, reportAssignmentType=false, reportCallIssue=false, reportArgumentType=false
 
 from dataclasses import dataclass
 
