@@ -20,9 +20,9 @@ def use_triton(states: Tensor) -> bool:
     """Whether the Triton kernels take `states`.
 
     They do on a CUDA device, in float16, bfloat16 and float32, if the last dimension is contiguous and there is
-    something to compute. Everything else goes to the reference, which is exact and slow: float64, other devices, other layouts.
-    Inside `force("triton")` the device does not matter, so that Triton's interpreter (`TRITON_INTERPRET=1`) can run the
-    kernels on a CPU; inside `force("reference")` the answer is no.
+    something to compute. Everything else goes to the reference, which is exact and slow: float64, other devices, other
+    layouts. Inside `force("triton")` the device does not matter, so that Triton's interpreter (`TRITON_INTERPRET=1`)
+    can run the kernels on a CPU; inside `force("reference")` the answer is no.
     """
     forced = _forced.get()
     if forced == "reference" or not _installed:

@@ -12,8 +12,8 @@ Four kernels, in this order:
 
 Every sum has a fixed order, only integers are added atomically: the same input gives the same bits.
 
-Letters: S states, N = B·T tokens, D features, G groups, F feature blocks, C chunks. Strides come divided by ALIGN, so that
-the compiler knows what divides them without compiling once per T.
+Letters: S states, N = B·T tokens, D features, G groups, F feature blocks, C chunks. Strides come divided by ALIGN, so
+that the compiler knows what divides them without compiling once per T.
 """
 
 import math
@@ -539,8 +539,8 @@ def _stream(
     order = square if tokens.order is None else tokens.order
     begin = square if tokens.begin is None else tokens.begin
     _sum_kernel[(triton.cdiv(features, sum_width) * triton.cdiv(s, block_states) * groups * chunks,)](
-        states, weight, update_weight, order, begin, *parts, *sizes, groups * chunks, chunks, span, D=features, BS=block_states,
-        BT=sum_tokens, BD=sum_width, ALIGN=align, HAS_ORDER=tokens.order is not None, STAGES=settings.sum_stages,
+        states, weight, update_weight, order, begin, *parts, *sizes, groups * chunks, chunks, span, D=features,
+        BS=block_states, BT=sum_tokens, BD=sum_width, ALIGN=align, HAS_ORDER=tokens.order is not None, STAGES=settings.sum_stages,
         num_warps=settings.sum_warps,
     )  # fmt: skip
     total_width = min(256, triton.next_power_of_2(features))
