@@ -14,7 +14,10 @@ from repflow.triton_kernels._dispatch import force
 from repflow.triton_kernels.groups import find_groups
 from repflow.triton_kernels.hsic import MIN_TOKENS
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the same on the device")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the same on the device"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # of NumPy, in the interpreter
+]
 
 ESTIMATORS = ("unbiased", "biased")
 TRUNCATED = 2e-2
