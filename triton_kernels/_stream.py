@@ -1,3 +1,4 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false
 """Triton kernels behind `depth_statistics` and `token_sums`. Imported only where Triton runs.
 
 Four kernels, in this order:
@@ -540,8 +541,8 @@ def _stream(
     begin = square if tokens.begin is None else tokens.begin
     _sum_kernel[(triton.cdiv(features, sum_width) * triton.cdiv(s, block_states) * groups * chunks,)](
         states, weight, update_weight, order, begin, *parts, *sizes, groups * chunks, chunks, span, D=features,
-        BS=block_states, BT=sum_tokens, BD=sum_width, ALIGN=align, HAS_ORDER=tokens.order is not None, STAGES=settings.sum_stages,
-        num_warps=settings.sum_warps,
+        BS=block_states, BT=sum_tokens, BD=sum_width, ALIGN=align, HAS_ORDER=tokens.order is not None,
+        STAGES=settings.sum_stages, num_warps=settings.sum_warps,
     )  # fmt: skip
     total_width = min(256, triton.next_power_of_2(features))
     _total_kernel[(s * groups, triton.cdiv(features, total_width))](
