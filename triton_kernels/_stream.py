@@ -1,4 +1,5 @@
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false
 """Triton kernels behind `depth_statistics` and `token_sums`. Imported only where Triton runs.
 
 Four kernels, in this order:
