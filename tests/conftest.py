@@ -15,6 +15,8 @@ import torch
 # Read when the packages are imported: tests neither upload nor download, on a machine with an account either.
 os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_OFFLINE"] = "1"
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Kernels run on CPU tensors then, where a test forces them to.
 
 
 @pytest.fixture(autouse=True)

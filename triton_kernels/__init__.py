@@ -1,6 +1,6 @@
 """Statistics of stacked token states: tensors in, tensors out."""
 
-from repflow.triton_kernels.cohesion import TokenSums, token_sums
+from repflow.triton_kernels.cohesion import TokenSums, depth_and_token_sums, token_sums
 from repflow.triton_kernels.depth import DepthStatistics, depth_statistics
 from repflow.triton_kernels.hsic import HsicStatistics, hsic_statistics, pairwise_hsic
 
@@ -8,6 +8,7 @@ __all__ = [
     "DepthStatistics",
     "HsicStatistics",
     "TokenSums",
+    "depth_and_token_sums",
     "depth_statistics",
     "hsic_statistics",
     "pairwise_hsic",

@@ -6,7 +6,9 @@ from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor
 
 from repflow.triton_kernels import reference
+from repflow.triton_kernels._dispatch import use_triton
 from repflow.triton_kernels._inputs import check_mask, check_states
+from repflow.triton_kernels.depth import DepthStatistics, depth_statistics
 from repflow.triton_kernels.groups import find_groups
 
 
@@ -43,4 +45,25 @@ def token_sums(
         ValueError: states that are not `[S, B, T, D]`, or a mask that does not fit.
     """
     check_states("token_sums", states)
+    if use_triton(states):
+        from repflow.triton_kernels._stream import stream
+
+        if mask is not None:
+            check_mask("token_sums", states, mask)
+        return TokenSums(*stream(states, mask, depth=False, sums=True)[1])
     return TokenSums(*reference.token_sums(states, find_groups(check_mask("token_sums", states, mask))))
+
+
+def depth_and_token_sums(
+    states: Float[Tensor, "S B T D"], mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"] | None = None
+) -> tuple[DepthStatistics, TokenSums]:
+    """`depth_statistics` and `token_sums` of the same states, which share the lengths on a GPU: one read less."""
+    check_states("depth_and_token_sums", states, minimum=2)
+    if not use_triton(states):
+        return depth_statistics(states, mask), token_sums(states, mask)
+    from repflow.triton_kernels._stream import stream
+
+    if mask is not None:
+        check_mask("depth_and_token_sums", states, mask)
+    maps, sums = stream(states, mask, depth=True, sums=True)
+    return DepthStatistics(*maps), TokenSums(*sums)

@@ -6,6 +6,7 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from repflow.triton_kernels import reference
+from repflow.triton_kernels._dispatch import use_triton
 from repflow.triton_kernels._inputs import check_mask, check_states
 from repflow.triton_kernels.groups import find_groups
 
@@ -49,6 +50,12 @@ def depth_statistics(
         ValueError: states that are not `[S, B, T, D]`, fewer than two of them, or a mask that does not fit.
     """
     check_states("depth_statistics", states, minimum=2)
+    if use_triton(states):
+        from repflow.triton_kernels._stream import stream
+
+        if mask is not None:
+            check_mask("depth_statistics", states, mask)
+        return DepthStatistics(*stream(states, mask, depth=True, sums=False)[0])
     return DepthStatistics(
         *reference.depth_statistics(states, find_groups(check_mask("depth_statistics", states, mask)))
     )

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor
 
 from repflow.triton_kernels import reference
+from repflow.triton_kernels._dispatch import use_triton
 from repflow.triton_kernels._inputs import check_mask, check_states
 from repflow.triton_kernels.groups import find_groups
 
@@ -88,4 +89,12 @@ def _hsic_statistics(name: str, states: Tensor, mask: Tensor | None, estimator: 
     if estimator not in get_args(Estimator):
         raise ValueError(f'`{name}`: expected estimator="unbiased" or "biased", got {estimator!r}')
     groups = find_groups(check_mask(name, states, mask))
+    if groups.count and use_triton(states):
+        from repflow.triton_kernels import _hsic_kernels  # triton is not installed everywhere
+
+        if len(states) <= _hsic_kernels.MAX_STATES:
+            token, member = reference._group_members(groups)
+            return HsicStatistics(
+                *_hsic_kernels.hsic_statistics(states, token, member, estimator, MIN_TOKENS[estimator])
+            )
     return HsicStatistics(*reference.hsic_statistics(states, groups, estimator, MIN_TOKENS[estimator]))
