@@ -8,11 +8,10 @@ from torch import Tensor
 from repflow.monitor.capture import CapturedForward
 from repflow.monitor.config import Metric, MonitorConfig
 from repflow.monitor.functional.inter_token import mean_pair_cosine
-from repflow.monitor.positions import token_positions, without_first
+from repflow.monitor.positions import every_position, group_sizes, token_positions, without_first
 from repflow.monitor.sampling import select
 from repflow.monitor.snapshot import POSITION_BINS, SumLayout
-from repflow.triton_kernels import depth_statistics, hsic_statistics, token_sums
-from repflow.triton_kernels.groups import find_groups
+from repflow.triton_kernels import DepthStatistics, TokenSums, depth_and_token_sums, depth_statistics, hsic_statistics
 
 _SUM_BYTES = 32 * 2**20
 """Unit sums of this size are held at once: with many short sequences they would outgrow the states."""
@@ -51,74 +50,92 @@ class Accumulator:
         states = forward.states
         mask, bins = self._mask_and_bins(forward)
         with torch.autocast(states.device.type, enabled=False):
-            self._count_tokens(mask)
-            self._add_depth(states, mask, bins, metrics)
-            for metric, add in (("inter_token", self._add_inter_token), ("cka", self._add_cka)):
-                if metric in metrics:
-                    try:
-                        add(states, mask)
-                    except Exception as error:
-                        self._failed(metric, error)
+            self._count_tokens(mask, forward.selection.shape)
+            num_states, rows, _, features = states.shape
+            # Unit sums, of h and Δh, are held for so many rows at once.
+            step = max(1, _SUM_BYTES // (16 * num_states * features)) if "inter_token" in metrics else rows
+            for start in range(0, rows, step):
+                part = slice(start, start + step)
+                self._add_rows(states[:, part], None if mask is None else mask[part], bins[part], metrics)
+            if "cka" in metrics:
+                try:
+                    self._add_cka(states, mask)
+                except Exception as error:
+                    self._failed("cka", error)
         self.forwards += 1
 
-    def _mask_and_bins(self, forward: CapturedForward) -> tuple[Tensor, Tensor]:
-        """Valid tokens and relative positions of the captured part, both from the whole micro-batch."""
+    def _mask_and_bins(self, forward: CapturedForward) -> tuple[Tensor | None, Tensor]:
+        """Valid tokens (None: all) and relative positions of the captured part, both from the whole micro-batch."""
         mask, device = forward.mask, forward.states.device
         if mask is None:
-            mask = torch.ones(forward.shape, dtype=torch.bool, device=device)
-        mask = mask.to(device, non_blocking=True)
-        if mask.is_floating_point():
-            mask = mask > 0  # given with the step
-        if device.type != "cpu" and mask.dtype != torch.bool:
-            # Telling documents from padding would wait for the device: the value is looked at when the results arrive.
-            self._sums["mask_max"].copy_(torch.maximum(self._sums["mask_max"], mask.max()))
-            mask = mask != 0
-        positions = token_positions(find_groups(mask))
-        kept = without_first(mask, positions, self._config.skip_first_tokens)
-        return forward.selection.take(kept), forward.selection.take(positions.bins(POSITION_BINS))
+            positions = every_position(*forward.shape, device)
+        else:
+            mask = mask.to(device, non_blocking=True)
+            if mask.is_floating_point():
+                mask = mask > 0  # given with the step
+            if device.type != "cpu" and mask.dtype != torch.bool:
+                # Telling documents from padding would wait for the device: the value is looked at when results arrive.
+                self._raise_to("mask_max", mask.max())
+                mask = mask != 0
+            positions = token_positions(mask)
+        mask = without_first(mask, positions, self._config.skip_first_tokens)
+        take = forward.selection.take
+        return None if mask is None else take(mask), take(positions.bins(POSITION_BINS))
 
-    def _count_tokens(self, mask: Tensor) -> None:
-        groups = find_groups(mask)
-        index = torch.where(groups.index < 0, groups.count, groups.index).flatten()
-        sizes = index.new_zeros(groups.count + 1).index_add_(0, index, torch.ones_like(index))[:-1]
-        self._sums["tokens"] += sizes.sum()
-        self._sums["sequences"] += (sizes > 0).sum()
-        self._sums["short_sequences"] += ((sizes > 0) & (sizes < 2)).sum()
+    def _count_tokens(self, mask: Tensor | None, shape: tuple[int, int]) -> None:
+        if mask is None:
+            rows, tokens = shape
+            sums = [self._sums[name] for name in ("tokens", "sequences", "short_sequences")]
+            _add_each(sums, [rows * tokens, rows, rows * (tokens < 2)])
+        else:
+            sizes = group_sizes(mask)
+            self._add(tokens=sizes.sum(), sequences=(sizes > 0).sum(), short_sequences=(sizes == 1).sum())
 
-    def _add_depth(self, states: Tensor, mask: Tensor, bins: Tensor, metrics: tuple[Metric, ...]) -> None:
-        depth = depth_statistics(states, mask)
-        sums = self._sums
-        sums["nonfinite"] += depth.nonfinite
-        sums["zero"] += depth.zero
-        norm = depth.norm.flatten(1).double()
-        _add_mean(sums, "norms", norm)
+    def _add_rows(self, states: Tensor, mask: Tensor | None, bins: Tensor, metrics: tuple[Metric, ...]) -> None:
+        """Everything along depth, and the sums over tokens, which come from the same reads of the states."""
+        depth = None
+        if "inter_token" in metrics:
+            try:
+                depth, sums = depth_and_token_sums(states, mask)
+                self._add_inter_token(sums)
+            except Exception as error:
+                self._failed("inter_token", error)
+        self._add_depth(depth or depth_statistics(states, mask), states.shape[-1], bins, metrics)
+
+    def _add_inter_token(self, sums: TokenSums) -> None:
+        similarity = mean_pair_cosine(
+            torch.cat([sums.unit_sum, sums.update_unit_sum]), torch.cat([sums.count, sums.update_count])
+        )
+        total, groups = _finite(similarity).sum(-1)
+        states = len(sums.count)
+        self._add(
+            inter_token=total[:states],
+            inter_token_groups=groups[:states],
+            update_inter_token=total[states:],
+            update_inter_token_groups=groups[states:],
+        )
+
+    def _add_depth(self, depth: DepthStatistics, features: int, bins: Tensor, metrics: tuple[Metric, ...]) -> None:
+        maps = {"norms": depth.norm}
         if "adjacent" in metrics:
-            cosine = depth.adjacent_cosine.flatten(1).double()
-            _add_mean(sums, "adjacent", cosine)
-            index = bins.flatten()
-            sums["adjacent_tokens"].index_add_(1, index, cosine.nan_to_num(0.0))
-            sums["adjacent_tokens_count"].index_add_(1, index, cosine.isfinite().double())
+            maps["adjacent"] = depth.adjacent_cosine
         if "variation" in metrics:
-            local, spread = depth.curvature.flatten(1).double(), depth.spread.flatten().double()
-            _add_mean(sums, "local_variance", local)
-            _add_mean(sums, "global_variance", spread)
-            rms = (norm.square().sum(0) / (states.shape[0] * states.shape[-1])).sqrt()
-            rms = torch.where(rms > 0, rms, torch.nan)
-            sums["local_variance_relative"] += (local.mean(0) / rms).nansum() if len(local) else 0.0
-            sums["global_variance_relative"] += (spread / rms).nansum()
-            sums["relative_count"] += rms.isfinite().sum()
+            maps |= {"local_variance": depth.curvature, "global_variance": depth.spread.unsqueeze(0)}
+        rows = [len(entry) for entry in maps.values()]
+        finite = _finite(torch.cat([entry.flatten(1) for entry in maps.values()]))  # [2, Σ rows, tokens]
+        sums: dict[str, Tensor] = {"nonfinite": depth.nonfinite, "zero": depth.zero}
+        for name, (total, count) in zip(maps, finite.sum(-1).split(rows, dim=1), strict=True):
+            sums |= {name: total, f"{name}_count": count}
+        parts = dict(zip(maps, finite.split(rows, dim=1), strict=True))
+        if "adjacent" in parts:
+            # A product with one-hot bins: unlike index_add_ on a GPU, it adds in the same order every time.
+            one_hot = bins.reshape(-1, 1) == torch.arange(POSITION_BINS, device=bins.device)
+            sums["adjacent_tokens"], sums["adjacent_tokens_count"] = parts["adjacent"] @ one_hot.double()
+        if "local_variance" in parts:
+            sums |= _relative(depth.norm, parts["local_variance"][0], parts["global_variance"][0, 0], features)
+        self._add(**sums)
 
-    def _add_inter_token(self, states: Tensor, mask: Tensor) -> None:
-        num_states, rows, _, features = states.shape
-        step = max(1, _SUM_BYTES // (16 * num_states * features))  # rows whose unit sums, of h and Δh, fit
-        for start in range(0, rows, step):
-            sums = token_sums(states[:, start : start + step], mask[start : start + step])
-            similarity = mean_pair_cosine(sums.unit_sum, sums.count)
-            _add_mean(self._sums, "inter_token", similarity, "groups")
-            similarity = mean_pair_cosine(sums.update_unit_sum, sums.update_count)
-            _add_mean(self._sums, "update_inter_token", similarity, "groups")
-
-    def _add_cka(self, states: Tensor, mask: Tensor) -> None:
+    def _add_cka(self, states: Tensor, mask: Tensor | None) -> None:
         config = self._config
         part = select(
             (states.shape[1], states.shape[2]),
@@ -127,21 +144,58 @@ class Accumulator:
             step=self._step,
             forward=self.forwards,
         ).to(states.device)
-        chosen = part.take(states.movedim(0, 2)).movedim(2, 0)
-        statistics = hsic_statistics(chosen, part.take(mask), estimator=config.cka_estimator)
-        enough = statistics.usable(config.cka_estimator)
-        sums = self._sums
-        sums["hsic"] += torch.where(enough.view(-1, 1, 1), statistics.hsic, 0.0).sum(0)
-        sums["hsic_groups"] += enough.sum()
-        sums["hsic_short_groups"] += ((statistics.count > 0) & ~enough).sum()
-        sums["fourth_moment"] += torch.where(enough.unsqueeze(1), statistics.fourth_moment, 0.0).sum(0)
-        largest = torch.where(enough.unsqueeze(1), statistics.fourth_moment_max, 0.0)
-        if len(largest):
-            torch.maximum(sums["fourth_moment_max"], largest.amax(0), out=sums["fourth_moment_max"])
+        statistics = hsic_statistics(
+            part.take(states, dim=1), None if mask is None else part.take(mask), estimator=config.cka_estimator
+        )
+        unused = ~statistics.usable(config.cka_estimator)
+        self._add(
+            hsic=statistics.hsic.masked_fill(unused.view(-1, 1, 1), 0.0).sum(0),
+            hsic_groups=(~unused).sum(),
+            hsic_short_groups=((statistics.count > 0) & unused).sum(),
+            fourth_moment=statistics.fourth_moment.masked_fill(unused.unsqueeze(1), 0.0).sum(0),
+        )
+        if len(unused):
+            self._raise_to(
+                "fourth_moment_max", statistics.fourth_moment_max.masked_fill(unused.unsqueeze(1), 0.0).amax(0)
+            )
+
+    def _add(self, **values: Tensor) -> None:
+        """Add to the sums of these names."""
+        sums = [self._sums[name] for name in values]
+        added = [value.double().view_as(total) for value, total in zip(values.values(), sums, strict=True)]
+        _add_each(sums, added)
+
+    def _raise_to(self, name: str, value: Tensor) -> None:
+        """Raise the maximum of this name to `value`, where that is larger."""
+        torch.maximum(self._sums[name], value, out=self._sums[name])
 
 
-def _add_mean(sums: dict[str, Tensor], name: str, values: Tensor, unit: str = "count") -> None:
-    """Add `values`, whose last dimension is summed over, to the sum `name`, and how many were finite to its count."""
-    finite = values.isfinite()
-    sums[name] += torch.where(finite, values, 0.0).sum(-1)
-    sums[f"{name}_{unit}"] += finite.sum(-1)
+def _add_each(sums: list[Tensor], values: list[Tensor] | list[int]) -> None:
+    """Add one value to each sum, all in one launch on a GPU where the dtypes agree."""
+    torch._foreach_add_(sums, values)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _finite(values: Tensor) -> Tensor:
+    """`[2, ...]` in float64: the values, 0 where they are not finite, and 1 where they are."""
+    both = torch.empty(2, *values.shape, dtype=torch.float64, device=values.device)
+    both[0] = values.nan_to_num(0.0, 0.0, 0.0)
+    both[1] = values.abs() < torch.inf  # isfinite would be two launches more
+    return both
+
+
+def _relative(norm: Tensor, local: Tensor, spread: Tensor, features: int) -> dict[str, Tensor]:
+    """Sums over tokens of V_loc and V_glob divided by the RMS of the token's states, where that is finite and not 0.
+
+    Args:
+        norm: `[S, B, T]`, NaN where a state is not finite.
+        local: `[S-2, N]`.
+        spread: `[N]`.
+        features: D.
+    """
+    length = torch.linalg.vector_norm(norm.flatten(1), dim=0, dtype=torch.float64)
+    inverse = ((len(norm) * features) ** 0.5 / length).nan_to_num(0.0, 0.0, 0.0)
+    return {
+        "local_variance_relative": (local @ inverse).sum() / max(len(local), 1),
+        "global_variance_relative": spread @ inverse,
+        "relative_count": (inverse > 0).sum(),
+    }

@@ -47,6 +47,11 @@ class CaptureBuffer:
         self._flat: Tensor | None = None
         self._widest: torch.dtype | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Size of what is held. Unit: bytes."""
+        return 0 if self._flat is None else self._flat.nbytes
+
     def capacity(self, state: Tensor, num_states: int) -> int:
         """Most tokens of `num_states` states like `state` that fit."""
         return self._limit // (num_states * state.shape[-1] * self._dtype(state).itemsize)
@@ -92,8 +97,11 @@ class _Forward:
     """A forward that is being recorded."""
 
     view: Tensor
+    states: tuple[Tensor, ...]
+    """`view` by state: indexing it in every hook would cost more."""
     selections: dict[torch.device, Selection]
-    shape: tuple[int, int]
+    shape: tuple[int, int, int]
+    """(B, T, D) of every state."""
     flat_tokens: bool
     mask: Tensor | None
     filled: int = 0
@@ -134,8 +142,8 @@ class Capture:
     """From (B, T) and the first state to what is kept of this forward."""
     on_forward: Callable[[CapturedForward], None]
     """Called at the end of each recorded forward, inside the last hook."""
-    guard: Callable[[Callable[..., None]], Callable[..., None]]
-    """Wraps every hook: must let no exception out."""
+    run: Callable[..., None]
+    """Calls every hook, its first argument, with the others: must let no exception out."""
     ignored: Counter[str] = field(default_factory=Counter)
     _handles: list[RemovableHandle] = field(default_factory=list)
     _entry: _Entry | None = None
@@ -148,18 +156,18 @@ class Capture:
         self.ignored.clear()
         self._mask = mask
         for depth, module in enumerate(self.stream.ancestors):
-            hook = functools.partial(self._enter, depth, MaskReader(module))
-            self._handles.append(module.register_forward_pre_hook(self._wrap(hook), with_kwargs=True))
+            hook = self._hook(self._enter, depth, MaskReader(module))
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         first = self.stream.blocks[0].module
-        self._handles.append(first.register_forward_pre_hook(self._wrap(self._begin), with_kwargs=True))
+        self._handles.append(first.register_forward_pre_hook(self._hook(self._begin), with_kwargs=True))
         indices: dict[Module, list[int]] = {}
         for block in self.stream.blocks[: -1 if self.final_norm else None]:
             indices.setdefault(block.module, []).append(block.index)
         for module, owned in indices.items():
-            self._handles.append(module.register_forward_hook(self._wrap(functools.partial(self._leave, owned))))
+            self._handles.append(module.register_forward_hook(self._hook(self._leave, owned)))
         if self.final_norm and self.stream.final_norm is not None:
-            hook = functools.partial(self._leave, [len(self.stream) - 1])
-            self._handles.append(self.stream.final_norm.register_forward_hook(self._wrap(hook)))
+            hook = self._hook(self._leave, [len(self.stream) - 1])
+            self._handles.append(self.stream.final_norm.register_forward_hook(hook))
 
     def disarm(self) -> None:
         """Remove the hooks. A forward that is under way is dropped."""
@@ -170,8 +178,8 @@ class Capture:
             self.ignored["forwards that did not pass through all blocks"] += 1
         self._entry = self._forward = self._mask = None
 
-    def _wrap(self, hook: Callable[..., None]) -> _Hook:
-        return _Hook(self.guard(hook))
+    def _hook(self, call: Callable[..., None], *args: Any) -> _Hook:
+        return _Hook(functools.partial(self.run, call, *args))
 
     def _enter(
         self, depth: int, read: MaskReader, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -223,7 +231,7 @@ class Capture:
         if forward.filled == len(self.stream) + 1:
             self._forward = None
             selection = forward.selections[forward.view.device]
-            self.on_forward(CapturedForward(forward.view, forward.mask, selection, forward.shape))
+            self.on_forward(CapturedForward(forward.view, forward.mask, selection, forward.shape[:2]))
 
     def _start(self, state: Tensor, masks: CallMasks) -> _Forward | None:
         flat_tokens = state.ndim == 2
@@ -242,30 +250,35 @@ class Capture:
         mask = token_groups(masks, rows, tokens)
         selection = self.choose((rows, tokens), state).to(state.device)
         view = self.buffer.view((len(self.stream) + 1, *selection.shape, features), state)
-        return _Forward(view, {state.device: selection}, (rows, tokens), flat_tokens, mask)
+        return _Forward(view, view.unbind(), {state.device: selection}, (rows, tokens, features), flat_tokens, mask)
 
     def _store(self, forward: _Forward, state: Tensor) -> None:
         if forward.flat_tokens:
             state = state.unsqueeze(0)
-        expected = [*forward.shape, forward.view.shape[-1]]
-        if list(state.shape) != expected:
+        if state.shape != forward.shape:
             raise CaptureError(
-                f"expected every state to be {expected} like the first, got {list(state.shape)} from "
+                f"expected every state to be {list(forward.shape)} like the first, got {list(state.shape)} from "
                 f"'{self._name(forward.filled - 1)}'; repflow follows a stream of one width: "
                 "pass the part of the model that has it, blocks=[...]"
             )
         if state.device not in forward.selections:
             forward.selections[state.device] = forward.selections[forward.view.device].to(state.device)
-        dtype = torch.promote_types(forward.view.dtype, state.dtype)
+        if state.dtype != forward.view.dtype and not self._widen(forward, state.dtype):
+            return
+        forward.selections[state.device].copy_into(forward.states[forward.filled], state)
+        forward.filled += 1
+
+    def _widen(self, forward: _Forward, dtype: torch.dtype) -> bool:
+        """Make room for states of `dtype` too; False, and the forward is dropped, if the buffer cannot hold them."""
+        dtype = torch.promote_types(forward.view.dtype, dtype)
         if dtype != forward.view.dtype:
             wider = self.buffer.widen(forward.view, dtype)
             if wider is None:
                 self.ignored[f"forwards whose states turned out to be {dtype}, too large for the buffer"] += 1
                 self._forward = None
-                return
-            forward.view = wider
-        forward.view[forward.filled].copy_(forward.selections[state.device].take(state), non_blocking=True)
-        forward.filled += 1
+                return False
+            forward.view, forward.states = wider, wider.unbind()
+        return True
 
     def _runs_again(self, module: Module) -> bool:
         """Whether the first block's module is being called further up the same stream, rather than by a new forward."""

@@ -93,6 +93,9 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 def _mean(numbers: list[int | float | Tensor], device: torch.device) -> Float64[Tensor, " 1"]:
     """Mean of numbers and tensors of one element, on `device`, without waiting for it."""
     values = [
-        torch.as_tensor(x, dtype=torch.float64, device=x.device if isinstance(x, Tensor) else "cpu") for x in numbers
+        x.to(device, torch.float64, non_blocking=True).reshape(1)
+        if isinstance(x, Tensor)
+        else torch.full((1,), x, dtype=torch.float64, device=device)  # written there: nothing is copied
+        for x in numbers
     ]
-    return torch.stack([value.to(device, non_blocking=True).reshape(()) for value in values]).mean().reshape(1)
+    return values[0] if len(values) == 1 else torch.cat(values).mean(0, keepdim=True)

@@ -1,6 +1,5 @@
 """`Monitor`: joins stream, capture, statistics and sinks, and keeps their troubles away from the training run."""
 
-import functools
 import operator
 import time
 from collections import Counter
@@ -92,7 +91,7 @@ class Monitor:
             buffer=CaptureBuffer(self.config.max_memory_mib),
             choose=self._choose,
             on_forward=self._add,
-            guard=self._guard,
+            run=self._run,
         )
 
     @property
@@ -125,12 +124,12 @@ class Monitor:
         if self._step is not None and self._step.number != step:
             self.publish()
         if self._delivery:
-            self._guard(self._collect)()
+            self._run(self._collect)
         if not (self._enabled and self._schedule(step)):
             yield
             return
         self._step = self._step or MeasuredStep(step)
-        self._guard(self._capture.arm)(mask)
+        self._run(self._capture.arm, mask)
         self._is_open = True
         try:
             yield
@@ -140,7 +139,7 @@ class Monitor:
             raise
         finally:
             self._is_open = False
-            self._guard(self._disarm)()
+            self._run(self._disarm)
 
     @property
     def recording(self) -> bool:
@@ -168,35 +167,35 @@ class Monitor:
 
         Waits for nothing. Inside of `with monitor.step(k)` the step goes on.
         """
-        self._guard(self._send)()
-        self._guard(self._collect)()
+        self._run(self._send)
+        self._run(self._collect)
 
     def flush(self) -> None:
         """End the current step, and wait until everything has reached the sinks.
 
         Inside of `with monitor.step(k)` the step goes on, and only earlier ones are waited for.
         """
-        self._guard(self._send)()
+        self._run(self._send)
         self.wait()
 
     def wait(self) -> None:
         """Wait until every step that was published has reached the sinks; the current step goes on."""
-        self._guard(functools.partial(self._collect, wait=True))()
-        self._guard(self._sink.flush)()
+        self._run(self._collect, wait=True)
+        self._run(self._sink.flush)
 
     def close(self) -> None:
         """`flush`, close the sinks and give the memory back. May be called more than once."""
         self.flush()
-        self._guard(self._capture.disarm)()
+        self._run(self._capture.disarm)
         self._capture.buffer.release()
         self._enabled = False
-        self._guard(self._sink.close)()
+        self._run(self._sink.close)
 
     def discard(self) -> None:
         """Drop the step being recorded, as when its body raises."""
         self._step = None
         self._is_open = False
-        self._guard(self._disarm)()
+        self._run(self._disarm)
         self._ignored.clear()
 
     def _choose(self, batch: tuple[int, int], state: Tensor) -> Selection:
@@ -277,24 +276,19 @@ class Monitor:
                 self._sink.start(self.run)
             self._sink.write(self.latest)
 
-    def _guard(self, call: Callable[..., None]) -> Callable[..., None]:
+    def _run(self, call: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """`call`, timed, and with every exception turned into a warning and the end of monitoring."""
-
-        @functools.wraps(call, updated=())
-        def guarded(*args: Any, **kwargs: Any) -> None:
-            began = time.perf_counter()
-            try:
-                call(*args, **kwargs)
-            except Exception as error:
-                self._stop(error)
-            finally:
-                elapsed_ms = (time.perf_counter() - began) * 1e3
-                if self._step is not None:
-                    self._step.host_ms += elapsed_ms
-                else:
-                    self._late_ms += elapsed_ms
-
-        return guarded
+        began = time.perf_counter()
+        try:
+            call(*args, **kwargs)
+        except Exception as error:
+            self._stop(error)
+        finally:
+            elapsed_ms = (time.perf_counter() - began) * 1e3
+            if self._step is not None:
+                self._step.host_ms += elapsed_ms
+            else:
+                self._late_ms += elapsed_ms
 
     def _stop(self, error: Exception) -> None:
         """End monitoring after a failure, and free what it holds."""

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Int, Int64
 from torch import Tensor
 
-from repflow.triton_kernels.groups import Groups
+from repflow.triton_kernels.groups import find_groups
 
 
 class Positions(NamedTuple):
@@ -22,12 +22,19 @@ class Positions(NamedTuple):
         return (self.rank * number).div(self.size, rounding_mode="floor").clamp(0, number - 1)
 
 
-def token_positions(groups: Groups) -> Positions:
-    """Positions of every token, from the groups of the whole batch (before tokens are sampled)."""
-    valid = groups.index >= 0
+def every_position(rows: int, tokens: int, device: torch.device) -> Positions:
+    """Positions where every token is valid, and a row is a group."""
+    rank = torch.arange(tokens, device=device).expand(rows, tokens)
+    return Positions(rank, torch.full((1, 1), max(tokens, 1), device=device).expand(rows, tokens))
+
+
+def token_positions(mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"]) -> Positions:
+    """Positions of every token, from the mask of the whole batch (before tokens are sampled)."""
+    if mask.dtype == torch.bool:
+        return _row_positions(mask)
+    groups = find_groups(mask)
     if groups.by_row:
-        rank = valid.cumsum(1) - 1
-        return Positions(rank, valid.sum(1, keepdim=True).clamp(min=1).expand_as(rank))
+        return _row_positions(groups.index >= 0)
     key = groups.index.flatten()
     order = key.argsort(stable=True)
     sizes = torch.bincount(key + 1, minlength=groups.count + 1)
@@ -37,8 +44,23 @@ def token_positions(groups: Groups) -> Positions:
     return Positions(rank.view_as(groups.index), sizes[key + 1].view_as(groups.index))
 
 
+def group_sizes(mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"]) -> Int64[Tensor, " G"]:
+    """Valid tokens of every group."""
+    if mask.dtype == torch.bool:
+        return mask.sum(1)
+    groups = find_groups(mask)
+    return torch.bincount(groups.index.flatten() + 1, minlength=groups.count + 1)[1:]
+
+
 def without_first(
-    mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"], positions: Positions, number: int
-) -> Bool[Tensor, "B T"] | Int[Tensor, "B T"]:
-    """`mask` without the first `number` tokens of every group."""
-    return mask.masked_fill(positions.rank < number, 0) if number else mask
+    mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"] | None, positions: Positions, number: int
+) -> Bool[Tensor, "B T"] | Int[Tensor, "B T"] | None:
+    """`mask` without the first `number` tokens of every group; None: every token is valid."""
+    if not number:
+        return mask
+    return positions.rank >= number if mask is None else mask.masked_fill(positions.rank < number, 0)
+
+
+def _row_positions(valid: Bool[Tensor, "B T"]) -> Positions:
+    rank = valid.cumsum(1) - 1
+    return Positions(rank, valid.sum(1, keepdim=True).clamp(min=1).expand_as(rank))

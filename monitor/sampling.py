@@ -23,28 +23,40 @@ class Schedule:
 class Selection:
     """The part of a batch `[B, T]` that is measured: some rows, and the same number of tokens of each.
 
-    `None` stands for all of them, in order, so that nothing needs to be gathered.
+    `None` stands for all of them, in order, so that nothing needs to be gathered. Tokens are chosen of a single row.
     """
 
-    rows: Int64[Tensor, " R"] | None
-    """Chosen rows, sorted."""
+    rows: Int64[Tensor, " R"] | slice | None
+    """Chosen rows, sorted; a slice where they lie at even distances, as one or two rows always do."""
     tokens: Int64[Tensor, " K"] | None
-    """Chosen positions, sorted, the same in each row and at every layer."""
+    """Chosen positions, sorted, the same at every layer."""
     shape: tuple[int, int]
     """(R, K)."""
 
-    def take(self, values: Shaped[Tensor, "B T *rest"]) -> Shaped[Tensor, "R K *rest"]:
-        """The chosen part of `values`; a view of it where everything is chosen."""
-        if self.rows is not None:
-            values = values.index_select(0, self.rows)
-        if self.tokens is not None:
-            values = values.index_select(1, self.tokens)
-        return values
+    def take(self, values: Shaped[Tensor, "..."], dim: int = 0) -> Shaped[Tensor, "..."]:
+        """The chosen part of `values`, whose dimensions `dim` and `dim` + 1 are rows and tokens.
+
+        A view of it where nothing is to be gathered, and contiguous otherwise.
+        """
+        if isinstance(self.rows, slice):
+            values = values[(slice(None),) * dim + (self.rows,)]
+        elif self.rows is not None:
+            values = values.index_select(dim, self.rows)
+        return values if self.tokens is None else values.index_select(dim + 1, self.tokens)
+
+    def copy_into(self, target: Shaped[Tensor, "R K *rest"], values: Shaped[Tensor, "B T *rest"]) -> None:
+        """`target.copy_(self.take(values))`, in one go where dtype and device are the same."""
+        index, dim = (self.rows, 0) if isinstance(self.rows, Tensor) else (self.tokens, 1)
+        if index is None or (values.dtype, values.device) != (target.dtype, target.device):
+            target.copy_(self.take(values), non_blocking=True)
+        else:
+            rows = values[self.rows] if isinstance(self.rows, slice) else values
+            torch.index_select(rows, dim, index, out=target)
 
     def to(self, device: torch.device) -> "Selection":
         """The same on `device`. The copy does not wait for the device."""
-        rows, tokens = (_send(index, device) for index in (self.rows, self.tokens))
-        return Selection(rows, tokens, self.shape)
+        rows = _send(self.rows, device) if isinstance(self.rows, Tensor) else self.rows
+        return Selection(rows, None if self.tokens is None else _send(self.tokens, device), self.shape)
 
 
 def select(batch: tuple[int, int], max_tokens: int, *, seed: int, step: int, forward: int) -> Selection:
@@ -68,7 +80,7 @@ def select(batch: tuple[int, int], max_tokens: int, *, seed: int, step: int, for
         # The device is named, since the user may have set another default.
         return torch.randperm(of, generator=generator, device="cpu")[:number].sort().values
 
-    chosen = None if keep == rows else draw(keep, rows)
+    chosen = None if keep == rows else _as_slice(draw(keep, rows))
     if tokens <= max_tokens:
         return Selection(chosen, None, (keep, tokens))
     return Selection(chosen, draw(max_tokens, tokens), (keep, max_tokens))
@@ -80,7 +92,13 @@ def _mix(*numbers: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _send(index: Tensor | None, device: torch.device) -> Tensor | None:
-    if index is None or device.type != "cuda":
-        return index if index is None else index.to(device)
-    return index.pin_memory().to(device, non_blocking=True)
+def _as_slice(index: Int64[Tensor, " R"]) -> Int64[Tensor, " R"] | slice:
+    """The slice that names the same rows, if there is one: a view instead of a copy."""
+    numbers = index.tolist()
+    step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
+    even = range(numbers[0], numbers[-1] + 1, step)
+    return slice(even.start, even.stop, step) if numbers == list(even) else index
+
+
+def _send(index: Tensor, device: torch.device) -> Tensor:
+    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)

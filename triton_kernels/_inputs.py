@@ -51,6 +51,6 @@ def check_mask(
         )
     if mask.device != states.device:
         raise ValueError(f"`{name}`: states are on {states.device} and the mask on {mask.device}; move the mask there")
-    if mask.dtype != torch.bool and not mask.is_cuda and mask.numel() and int(mask.min()) < 0:
+    if mask.dtype.is_signed and mask.numel() and int(mask.min()) < 0:
         raise ValueError(f"`{name}`: expected document numbers from 0 (padding) up, got {int(mask.min())}")
     return mask

@@ -23,8 +23,8 @@ def find_groups(mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"]) -> Groups:
     """The groups that `mask` describes.
 
     A boolean mask, or an integer mask without a value above 1: one group per row. Otherwise one group per document that
-    occurs, ordered by row, then by number. Telling the two apart reads the mask: on a GPU an integer mask costs a
-    synchronisation, a boolean one does not.
+    occurs, ordered by row, then by number. Telling the two apart reads the mask: on a GPU an integer mask costs
+    synchronisations, a boolean one does not.
     """
     row = torch.arange(mask.shape[0], device=mask.device).unsqueeze(1)
     largest = 1 if mask.dtype == torch.bool or mask.numel() == 0 else int(mask.max())

@@ -10,7 +10,8 @@ from repflow.triton_kernels import token_sums
 def mean_pair_cosine(unit_sum: Float64[Tensor, "S G D"], count: Int64[Tensor, "S G"]) -> Float64[Tensor, "S G"]:
     """Mean cosine over the pairs i < j of n vectors, from s = Σ_t u_t alone: (‖s‖² − n)/(n(n − 1)); NaN when n < 2."""
     n = count.double()
-    return torch.where(count >= 2, (unit_sum.square().sum(-1) - n) / (n * (n - 1)), torch.nan)
+    similarity = (torch.linalg.vector_norm(unit_sum, dim=-1).square() - n) / (n * (n - 1))
+    return similarity.masked_fill(count < 2, torch.nan)
 
 
 def inter_token_similarity(

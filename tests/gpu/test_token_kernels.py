@@ -57,7 +57,7 @@ def test_agrees_with_the_reference(shape, dtype, mask):
 
 
 def test_nothing_waits_and_lengths_share_a_compilation():
-    kernels = (_stream._walk_kernel, _stream._finish_kernel, _stream._sum_kernel, _stream._total_kernel)
+    kernels = (_stream.walk_kernel, _stream.finish_kernel, _stream.sum_kernel, _stream.total_kernel)
 
     def compiled() -> int:
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())

@@ -375,6 +375,44 @@ def test_a_metric_that_fails_is_dropped_alone(monkeypatch) -> None:
     assert monitor.latest.cka.isnan().all() and monitor.latest.inter_token.isfinite().all()
 
 
+def test_similarity_that_fails_takes_nothing_along(monkeypatch) -> None:
+    """It comes from the same pass as what is measured along depth, which then is taken alone."""
+    from repflow.monitor import accumulator
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(accumulator, "depth_and_token_sums", broken)
+    model = toy.Toy()
+    monitor = Monitor(model, MonitorConfig(every_n_steps=1))
+    with pytest.warns(RuntimeWarning, match="stopped measuring 'inter_token': RuntimeError: planted") as caught:
+        for step in range(2):
+            with monitor.step(step):
+                toy.loss_of(model, toy.batch()).backward()
+        monitor.flush()
+    assert len(caught) == 1 and monitor.latest is not None and monitor.latest.inter_token.isnan().all()
+    for name in ("adjacent", "norms", "v_loc", "v_glob_rel", "cka"):
+        assert getattr(monitor.latest, name).isfinite().all()
+
+
+@pytest.mark.parametrize("skip", [0, 2])
+@pytest.mark.parametrize("budget", [8192, 30, 7])
+def test_without_a_mask_as_with_one_that_keeps_everything(skip, budget) -> None:
+    snapshots = []
+    for mask in (None, torch.ones(4, 12, dtype=torch.bool), torch.ones(4, 12, dtype=torch.long)):
+        torch.manual_seed(0)
+        model = toy.Toy()
+        config = MonitorConfig(every_n_steps=1, max_tokens=budget, skip_first_tokens=skip, cka_tokens=12)
+        monitor = Monitor(model, config)
+        with monitor.step(0):
+            toy.loss_of(model, toy.batch(), mask).backward()
+        monitor.flush()
+        assert monitor.latest is not None
+        snapshots.append(monitor.latest)
+    assert all(torch.equal(snapshots[0].sums, other.sums) for other in snapshots[1:])
+    assert snapshots[0].cka.isfinite().all()
+
+
 @bit_identical
 def test_warnings_turned_into_errors_do_not_reach_the_training_loop(capsys) -> None:
     bare = run(monitored=False)

@@ -1,0 +1,235 @@
+"""The README's section on speed, made from the results of the benchmarks."""
+
+import argparse
+import difflib
+import math
+import sys
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+
+from _provenance import COLUMNS, ROOT, read_rows
+
+START, END = "<!-- speed, from benchmarks/table.py -->", "<!-- end of speed -->"
+
+Row = dict[str, str]
+Case = dict[str, Row]
+"""The rows of one input, by implementation."""
+
+_CASE_COLUMNS = ("quantity", "S", "B", "T", "D", "dtype", "input")
+
+_NAMES = {
+    "floor": "floor",
+    "reference": "float64 PyTorch, the reference",
+    "eager, obvious": "PyTorch, cosines of all pairs",
+    "eager, closed forms": "PyTorch, closed forms",
+    "torch.compile": "the same under torch.compile",
+    "repflow": "**repflow**",
+}
+
+_DEPTH = (
+    "**Along depth and across tokens**, {size}. The floor is one read of the states, at {rate:.2f} TB/s. PyTorch "
+    "computes adjacent-layer and inter-token similarity, V_loc and V_glob in float32; repflow and the reference also "
+    "norms, distances, the similarity of updates, and counts."
+)
+
+_HSIC = (
+    "**CKA of every pair of states**, {size}: time, extra memory, and the largest error of CKA, also on inputs that "
+    "are hard to be right on; a dash where it was not run or broke off. The floor is half the Gram products, since "
+    "they are symmetric, at the {rate:.0f} TFLOP/s of a bf16 product of {product} in the same run."
+)
+
+_SIZES = "**At other sizes**, repflow beside the floor and the fastest of the others that ran:"
+
+_OVERHEAD = (
+    "**A training step**: bare; with a monitor that does not sample it (between); sampled; and on average when every "
+    "50th is. The overhead stands with its standard error, the extra memory beside the buffer that is part of it, "
+    "synchronisations of CPU and GPU as far as PyTorch tells, and the CPU time of the monitor by itself."
+)
+
+
+def main() -> int:
+    """Write the section into the README, or with --check only say whether it is up to date."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if the README is out of date")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the CSV files")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    options = parser.parse_args()
+    old = options.readme.read_text(encoding="utf-8")
+    new = replace_section(old, section(options.results))
+    if old == new:
+        return 0
+    if not options.check:
+        options.readme.write_text(new, encoding="utf-8")
+        return 0
+    print(*difflib.unified_diff(old.splitlines(), new.splitlines(), "is", "should be", n=0, lineterm=""), sep="\n")
+    print("README.md is not what the results say; run: python benchmarks/table.py")
+    return 1
+
+
+def replace_section(readme: str, text: str) -> str:
+    """`readme` with `text` between the two markers.
+
+    Raises:
+        ValueError: the markers are not there once each, in order.
+    """
+    before, start, rest = readme.partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end) or START in rest or END in after:
+        raise ValueError(f"README.md: expected one line {START!r} and after it one line {END!r}; put them back")
+    return "\n".join([before + START, *([text] if text else []), END + after])
+
+
+def section(results: Path) -> str:
+    """The section for the CSV files that there are in `results`; empty without any."""
+    parts: list[str] = []
+    for name, describe in (("kernels.csv", describe_kernels), ("overhead.csv", describe_overhead)):
+        if (results / name).exists():
+            rows = read_rows(results / name)
+            parts += [*describe(rows), origin(rows[0], name)]
+    if not parts:
+        return ""
+    promise = "`make bench` measures all of this, and checks each result in the run that times it."
+    return "\n\n".join(["## Speed", promise, *parts])
+
+
+def origin(row: Row, name: str) -> str:
+    """Where the numbers of a file come from."""
+    where = "({device}, driver {driver}, torch {torch}, triton {triton}, Python {python}; {date}, commit {commit}; "
+    text = where + "medians; [all rows](benchmarks/results/{name}).)"
+    return prose(text, name=name, **{column: row[column] for column in COLUMNS})
+
+
+def describe_kernels(rows: list[Row]) -> list[str]:
+    """Tables of the first case of each quantity in full, then of repflow at all the others."""
+    cases: dict[tuple[str, ...], Case] = {}
+    for row in rows:
+        cases.setdefault(tuple(row[column] for column in _CASE_COLUMNS), {})[row["implementation"]] = row
+    depth = [case for key, case in cases.items() if key[0] == "depth and token sums"]
+    hsic = [case for key, case in cases.items() if key[0] == "pairwise HSIC"]
+    (product,) = next(case for key, case in cases.items() if key[0] == "matrix product").values()
+    parts: list[str] = []
+    if depth:
+        parts += [prose(_DEPTH, size=size(depth[0]), rate=read_rate(depth[0])), depth_table(depth[0])]
+    if hsic:
+        edge = int(product["implementation"].removesuffix("³"))
+        rate = 2 * edge**3 / float(product["ms"]) / 1e9
+        parts.append(prose(_HSIC, size=size(hsic[0]), rate=rate, product=product["implementation"]))
+        parts.append(hsic_table(hsic[0], [case for case in hsic if one(case)["input"] != "plain"]))
+    others = [case for case in depth[1:] + hsic[1:] if one(case)["input"] in ("plain", "masked")]
+    return [*parts, _SIZES, sizes_table(others)] if others else parts
+
+
+def depth_table(case: Case) -> str:
+    """All implementations of one case along depth."""
+    header = ("version", "ms", "× floor", "extra MiB", "error of cosines", "relative error of V, norms")
+    columns = ("cosine_error", "v_error")
+    return markdown(
+        header, ((*costs(case, name), *(error(row[kind]) for kind in columns)) for name, row in case.items())
+    )
+
+
+def hsic_table(case: Case, hard: list[Case]) -> str:
+    """All implementations of one case of HSIC, with their errors on the `hard` ones too."""
+    header = ("version", "ms", "× floor", "extra MiB", "error of CKA", *(one(other)["input"] for other in hard))
+    body = (
+        (*costs(case, name), *(error(other[name]["cka_error"]) if name in other else "–" for other in (case, *hard)))
+        for name in case
+    )
+    return markdown(header, body)
+
+
+def sizes_table(cases: list[Case]) -> str:
+    """Where repflow stands in every one of `cases`."""
+    header = (
+        "quantity",
+        "S, B, T, D",
+        "dtype",
+        "floor, ms",
+        "repflow, ms",
+        "× floor",
+        "extra MiB",
+        "fastest other, ms",
+    )
+    body: list[tuple[str, ...]] = []
+    for case in cases:
+        first = one(case)
+        label = first["quantity"] if first["input"] == "plain" else f"{first['quantity']}, {first['input']}"
+        others = {name: float(row["ms"]) for name, row in case.items() if name not in ("floor", "repflow")}
+        best = min(others, key=others.__getitem__) if others else ""
+        rival = f"{number(others[best])} ({_NAMES.get(best, best)})" if best else "–"
+        shape = ", ".join(first[letter] for letter in "SBTD")
+        ours = costs(case, "repflow")[1:] if "repflow" in case else ("–",) * 3
+        body.append((label, shape, first["dtype"], costs(case, "floor")[1], *ours, rival))
+    return markdown(header, body)
+
+
+def describe_overhead(rows: list[Row]) -> list[str]:
+    """The table of the training steps, and the notes on its models."""
+    header = ("model", "step", "ms", "overhead, %", "extra MiB", "buffer, MiB", "synchronisations", "CPU, µs")
+    body: list[tuple[str, ...]] = []
+    for row in rows:
+        extra = f"{float(row['overhead_percent']):+.2f} ± {float(row['standard_error_percent']):.2f}"
+        optional = (measured(row[column]) for column in ("extra_memory_mib", "buffer_mib", "syncs", "cpu_us"))
+        model = f"{row['model']}, {row['layers']} blocks, {int(row['tokens_per_step']):,} tokens"
+        body.append((model, row["variant"], measured(row["ms"]), "–" if row["variant"] == "bare" else extra, *optional))
+    notes = dict.fromkeys(f"{row['model']}: {row['note']}." for row in rows if row["note"])
+    return [prose(_OVERHEAD), markdown(header, body), *map(prose, notes)]
+
+
+def one(case: Case) -> Row:
+    """Any row of `case`: they agree in the columns that describe it."""
+    return next(iter(case.values()))
+
+
+def size(case: Case) -> str:
+    """S, B, T, D and dtype in words."""
+    row = one(case)
+    return f"{row['S']} states of {row['B']} × {row['T']} tokens, {row['D']} features, {row['dtype']}"
+
+
+def read_rate(case: Case) -> float:
+    """TB/s of the floor, which reads all states once."""
+    row = case["floor"]
+    elements = math.prod(int(row[letter]) for letter in "SBTD")
+    return elements * (4 if row["dtype"] == "float32" else 2) / float(row["ms"]) / 1e9
+
+
+def costs(case: Case, name: str) -> tuple[str, str, str, str]:
+    """Name, milliseconds, multiple of the floor, and extra memory of one implementation."""
+    if name not in case:
+        return _NAMES.get(name, name), "–", "–", "–"
+    row = case[name]
+    multiple = number(float(row["ms"]) / float(case["floor"]["ms"])) if "floor" in case else "–"
+    return _NAMES.get(name, name), measured(row["ms"]), multiple, measured(row["memory_mib"])
+
+
+def prose(text: str, **values: object) -> str:
+    """`text` with its values filled in, in lines of at most 120 characters."""
+    return textwrap.fill(text.format(**values), 120, break_long_words=False, break_on_hyphens=False)
+
+
+def number(value: float) -> str:
+    """Three significant digits, or all that are before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def measured(text: str) -> str:
+    """`number` of a cell; a dash for an empty one."""
+    return number(float(text)) if text else "–"
+
+
+def error(text: str) -> str:
+    """One or two significant digits; a dash for what was not measured."""
+    return "–" if not text else f"{float(text):.0e}" if float(text) < 1e-3 else f"{float(text):.2g}"
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    header = tuple(header)
+    lines = [header, ("---",) * len(header), *map(tuple, rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

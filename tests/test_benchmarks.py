@@ -1,0 +1,188 @@
+"""The benchmarks, tried out on a CPU: what their results must say, and the numbers in the README made from them."""
+
+import csv
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+PROVENANCE = ["device", "driver", "torch", "triton", "python", "commit", "date"]
+
+
+def run(script: str, *options: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a benchmark as `make bench` does, on a machine without a GPU."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "src"), "REPFLOW_COMMIT": "abc"}
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, options)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the results of a quick run of the kernels."""
+    folder = tmp_path_factory.mktemp("results")
+    done = run("kernels.py", "--quick", "--out", folder / "kernels.csv")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch):
+    """Import a module of `benchmarks/`, whose files import each other by their bare names."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return import_module
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_case_is_measured_and_checked(results: Path):
+    cases: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    for row in read(results / "kernels.csv"):
+        assert row["checked"] == "yes" and float(row["ms"]) > 0
+        case = tuple(row[name] for name in ("quantity", "S", "B", "T", "D", "dtype", "input"))
+        cases.setdefault(case, {})[row["implementation"]] = row
+    (product, *statistics) = cases.values()
+    assert list(product) == ["128³"]
+    assert [next(iter(case.values()))["quantity"] for case in statistics] == 3 * ["depth and token sums"] + 5 * [
+        "pairwise HSIC"
+    ]
+    for case in statistics:
+        assert {"floor", "reference", "repflow"} <= set(case)
+        ours = case["repflow"]
+        if ours["quantity"] == "pairwise HSIC":
+            assert float(ours["cka_error"]) <= (1e-4 if ours["dtype"] == "float32" else 2e-3)
+        else:
+            assert float(ours["cosine_error"]) <= 1e-5 and float(ours["v_error"]) <= 1e-5
+
+
+def test_results_say_where_they_come_from_but_name_no_machine(results: Path):
+    file = results / "kernels.csv"
+    rows = read(file)
+    assert list(rows[0])[-len(PROVENANCE) :] == PROVENANCE
+    assert {row["torch"] for row in rows} == {torch.__version__}
+    assert {row["device"] for row in rows} == {"cpu"}
+    text = file.read_text(encoding="utf-8")
+    assert socket.gethostname() not in text and str(ROOT) not in text
+
+
+def test_without_a_gpu_it_says_so():
+    done = run("kernels.py")
+    assert done.returncode != 0
+    assert "needs a CUDA GPU and found none; --quick" in done.stderr
+
+
+def suite_of(result: float) -> SimpleNamespace:
+    """Something to measure whose truth is 1 and of which repflow says `result`."""
+    return SimpleNamespace(
+        QUANTITY="a number",
+        tolerances=lambda case: {"cka_error": 0.1},
+        floor=lambda case, states, product: None,
+        calls=lambda case, states, mask: {"reference": lambda: 1.0, "rough": lambda: 3.0, "repflow": lambda: result},
+        errors=lambda got, truth: {"cka_error": abs(got - truth)},
+    )
+
+
+@pytest.mark.parametrize(("result", "shown"), [(1.05, True), (1.2, False), (float("nan"), False)])
+def test_a_wrong_repflow_gets_no_time_and_others_get_their_error(load, result: float, shown: bool):
+    kernels, cases = load("kernels"), load("_cases")
+    case = cases.Case((2, 1, 4, 8))
+    rows = {row["implementation"]: row for row in kernels.measure(suite_of(result), case, None, torch.device("cpu"))}
+    assert rows["rough"]["cka_error"] == 2
+    assert ("repflow" in rows) == shown
+
+
+def test_an_error_on_the_first_input_is_not_forgotten(load):
+    kernels, cases = load("kernels"), load("_cases")
+    results = iter([1.5, 1.0])
+    suite = suite_of(0)
+    suite.calls = lambda case, states, mask: {"reference": lambda: 1.0, "repflow": lambda: next(results)}
+    _, checked = kernels.check(suite, cases.Case((2, 1, 4, 8)), torch.device("cpu"))
+    assert checked["repflow"].errors == {"cka_error": 0.5}
+
+
+def test_a_missing_value_is_no_small_error(load):
+    measure = load("_measure")
+    one, nan = torch.ones(2), torch.tensor([1.0, torch.nan])
+    assert measure.largest_error(nan, one) == measure.largest_error(one, nan) == float("inf")
+    assert measure.largest_error(nan, nan) == 0
+    assert measure.largest_error(torch.tensor([3.0]), torch.tensor([2.0]), relative=True) == 0.5
+
+
+def test_the_commit_is_told_where_there_is_no_repository(load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    module: ModuleType = load("_provenance")
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setenv("REPFLOW_COMMIT", "0123abc")
+    module.write_rows(tmp_path / "new" / "rows.csv", [{"ms": 1 / 3, "note": None}, {"ms": 2, "model": "a, b"}])
+    first, second = read(tmp_path / "new" / "rows.csv")
+    assert list(first) == ["ms", "note", "model", *PROVENANCE]
+    assert (first["ms"], first["note"], first["model"], first["commit"]) == ("0.33333", "", "", "0123abc")
+    assert (second["ms"], second["model"]) == ("2", "a, b")
+    monkeypatch.delenv("REPFLOW_COMMIT")
+    assert module.provenance()["commit"] == "unknown"
+    with pytest.raises(ValueError, match="torch"):
+        module.write_rows(tmp_path / "rows.csv", [{"torch": "mine"}])
+
+
+def test_a_changed_tree_is_told(load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    module: ModuleType = load("_provenance")
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    identity = ["-c", "user.name=someone", "-c", "user.email=someone@example.org"]
+    for command in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    clean = module.provenance()["commit"]
+    assert len(clean) == 12 and not clean.endswith("-dirty")
+    module.write_rows(tmp_path / "benchmarks" / "results" / "kernels.csv", [{"ms": 1}])
+    assert module.provenance()["commit"] == clean
+    (tmp_path / "kernel.py").touch()
+    assert module.provenance()["commit"] == f"{clean}-dirty"
+
+
+def test_the_readme_says_what_the_results_say():
+    done = run("table.py", "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_stale_readme_is_noticed(results: Path, tmp_path: Path):
+    readme = shutil.copy(ROOT / "README.md", tmp_path)
+    options = ("--results", results, "--readme", readme)
+    stale = run("table.py", *options, "--check")
+    assert stale.returncode == 1 and "run: python benchmarks/table.py" in stale.stdout
+    assert run("table.py", *options).returncode == 0
+    assert run("table.py", *options, "--check").returncode == 0
+    _, heading, section = Path(readme).read_text(encoding="utf-8").partition("## Speed")
+    section = section.partition("<!--")[0]
+    assert heading and "| **repflow** |" in section and "benchmarks/results/kernels.csv" in section
+    assert all(len(line) <= 120 for line in section.splitlines() if line[:1] != "|")
+    # Without results there is nothing to show.
+    assert run("table.py", "--results", tmp_path, "--readme", readme).returncode == 0
+    assert "## Speed" not in Path(readme).read_text(encoding="utf-8")
+
+
+def test_the_overhead_of_a_step_is_shown(load, tmp_path: Path):
+    shared = {"model": "GPTNeoX tiny", "layers": 3, "tokens_per_step": 1234, "note": "a note", "buffer_mib": 64.0}
+    bare = {
+        **shared,
+        "variant": "bare",
+        "ms": 100.0,
+        "overhead_percent": 0.0,
+        "standard_error_percent": 0.0,
+        "syncs": 0,
+    }
+    rare = {**shared, "variant": "every 50th", "overhead_percent": -0.031, "standard_error_percent": 0.012}
+    costs = {"extra_memory_mib": 65.5, "cpu_us": 512.0}
+    load("_provenance").write_rows(tmp_path / "overhead.csv", [{**bare, **dict.fromkeys(costs)}, {**rare, **costs}])
+    lines = load("table").section(tmp_path).splitlines()
+    assert "| GPTNeoX tiny, 3 blocks, 1,234 tokens | bare | 100 | – | – | 64 | 0 | – |" in lines
+    assert "| GPTNeoX tiny, 3 blocks, 1,234 tokens | every 50th | – | -0.03 ± 0.01 | 65.5 | 64 | – | 512 |" in lines
+    assert lines.count("GPTNeoX tiny: a note.") == 1
