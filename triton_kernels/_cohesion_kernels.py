@@ -216,6 +216,7 @@ def total_kernel(
     chunks,
     D: tl.constexpr,
     BD: tl.constexpr,
+    BP: tl.constexpr,
     BT: tl.constexpr,
     DOCUMENTS: tl.constexpr,
 ):
@@ -239,10 +240,14 @@ def total_kernel(
     total = tl.zeros((BD,), tl.float64)
     update_total = tl.zeros((BD,), tl.float64)
     row = s.to(tl.int64) * pieces
-    for at in range(piece, end):
-        place = (row + at) * D + feature
-        total += tl.load(sums + place, mask=known, other=0.0).to(tl.float64)
-        update_total += tl.load(update_sums + place, mask=only_if(moves, known), other=0.0).to(tl.float64)
+    for start in range(piece, end, BP):
+        at = start + tl.arange(0, BP)
+        place = (row + at)[:, None] * D + feature[None, :]
+        here = (at < end)[:, None] & known[None, :]
+        total += tl.sum(tl.load(sums + place, mask=here, other=0.0).to(tl.float64), axis=0)
+        update_total += tl.sum(
+            tl.load(update_sums + place, mask=only_if(moves, here), other=0.0).to(tl.float64), axis=0
+        )
     target = cell.to(tl.int64) * D + feature
     tl.store(unit_sum + target, total, mask=known)
     tl.store(update_unit_sum + target, update_total, mask=only_if(moves, known))

@@ -45,7 +45,7 @@ def _tile_sum(x):
 
 @triton.jit
 def _walk_step(
-    here, first, before, change, away, total, total_square, square, update, dot, bend, inside, bends,
+    here, first, before, change, away, total, total_square, square, update, bend, inside, bends,
     EXACT: tl.constexpr, WITH_DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One state further: its sums, and what the next step and the spread need."""
@@ -53,7 +53,6 @@ def _walk_step(
     tl.store(square, _tile_sum(here * here), mask=inside)
     tl.store(update, _tile_sum(step * step), mask=inside)
     if WITH_DEPTH:
-        tl.store(dot, _tile_sum(here * before), mask=inside)
         tl.store(bend, _tile_sum(tl.abs(step - change)), mask=bends)
         # Differences of 16-bit numbers are exact in float32 or tiny beside the spread: `first` need not be kept.
         away = away + step if EXACT else here - first
@@ -68,7 +67,6 @@ def walk_kernel(
     valid,  # [N] uint8
     square,  # [S, F, N] float32: Σ h²
     update,  # [S-1, F, N] float32: Σ Δh²
-    dot,  # [S-1, F, N] float32: Σ h^(l) h^(l+1)
     bend,  # [S-2, F, N] float32: Σ |second difference|
     spread,  # [F, N] float32: Σ std
     num_states,
@@ -107,7 +105,6 @@ def walk_kernel(
     target = block.to(tl.int64) * num_tokens + n
     square += target
     update += target
-    dot += target
     bend += target
 
     first = (tl.load(pointer, mask=known, other=0.0) if PARTIAL else tl.load(pointer)).to(tl.float32)
@@ -124,12 +121,12 @@ def walk_kernel(
         two = tl.load(this + step_s, mask=known, other=0.0) if PARTIAL else tl.load(this + step_s)
         before, change, away, total, total_square = _walk_step(
             one.to(tl.float32), first, before, change, away, total, total_square,
-            square + s * plane, update + (s - 1) * plane, dot + (s - 1) * plane, bend + (s - 2) * plane, inside,
+            square + s * plane, update + (s - 1) * plane, bend + (s - 2) * plane, inside,
             only_if(s >= 2, inside), EXACT, WITH_DEPTH,
         )  # fmt: skip
         before, change, away, total, total_square = _walk_step(
             two.to(tl.float32), first, before, change, away, total, total_square,
-            square + (s + 1) * plane, update + s * plane, dot + s * plane, bend + (s - 1) * plane, inside, inside,
+            square + (s + 1) * plane, update + s * plane, bend + (s - 1) * plane, inside, inside,
             EXACT, WITH_DEPTH,
         )  # fmt: skip
     if num_states % 2 == 0:
@@ -137,7 +134,7 @@ def walk_kernel(
         one = tl.load(this, mask=known, other=0.0) if PARTIAL else tl.load(this)
         before, change, away, total, total_square = _walk_step(
             one.to(tl.float32), first, before, change, away, total, total_square,
-            square + last * plane, update + (last - 1) * plane, dot + (last - 1) * plane,
+            square + last * plane, update + (last - 1) * plane,
             bend + (last - 2) * plane, inside, only_if(last >= 2, inside), EXACT, WITH_DEPTH,
         )  # fmt: skip
     if WITH_DEPTH:
@@ -151,10 +148,9 @@ def walk_kernel(
 def _block_sum(partial, n, num_tokens, used, F: tl.constexpr):
     """[F, N] -> [BT] in float64."""
     total = tl.zeros(n.shape, tl.float64)
-    pointer = partial + n
-    for _ in range(F):
-        total += tl.load(pointer, mask=used, other=0.0).to(tl.float64)
-        pointer += num_tokens
+    plane = num_tokens.to(tl.int64)
+    for f in tl.static_range(F):  # unrolled, so that all loads are on their way at once
+        total += tl.load(partial + f * plane + n, mask=used, other=0.0).to(tl.float64)
     return total
 
 
@@ -172,29 +168,28 @@ def _weight(square, directed):
 
 
 @triton.jit
+def _distance(a, b, u):
+    """1 − cos of x and y from a = ‖x‖², b = ‖y‖² and u = ‖y − x‖²."""
+    between = tl.sqrt(a) - tl.sqrt(b)
+    return (u - between * between) / (2 * tl.sqrt(a) * tl.sqrt(b))
+
+
+@triton.jit
 def _exact_pair(pointer, step, wanted, has_next, column, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
-    """‖x‖², ‖y‖², ‖y − x‖² and ½‖x/‖x‖ − y/‖y‖‖² in float64, of the tokens `wanted` and one state later."""
+    """‖x‖², ‖y‖², ‖y − x‖² and x·y in float64, of the tokens x that are `wanted` and y one state later."""
     a = tl.zeros((BT,), tl.float64)
     b = tl.zeros((BT,), tl.float64)
     u = tl.zeros((BT,), tl.float64)
-    distance = tl.zeros((BT,), tl.float64)
-    for start in range(0, D, BD):
+    dot = tl.zeros((BT,), tl.float64)
+    for start in tl.range(0, D, BD, num_stages=3):
         here = wanted[:, None] & (column + start < D)
         x = tl.load(pointer + start, mask=here, other=0.0).to(tl.float64)
         y = tl.load(pointer + step + start, mask=only_if(has_next, here), other=0.0).to(tl.float64)
         a += tl.sum(x * x, axis=1)
         b += tl.sum(y * y, axis=1)
         u += tl.sum((y - x) * (y - x), axis=1)
-    # Where there is no direction the distance is not used: 1 instead of a division by zero.
-    length_a = tl.sqrt(tl.where((a > 0) & is_finite(a), a, 1.0))[:, None]
-    length_b = tl.sqrt(tl.where((b > 0) & is_finite(b), b, 1.0))[:, None]
-    for start in range(0, D, BD):
-        here = wanted[:, None] & (column + start < D)
-        x = tl.load(pointer + start, mask=here, other=0.0).to(tl.float64)
-        y = tl.load(pointer + step + start, mask=only_if(has_next, here), other=0.0).to(tl.float64)
-        turn = x / length_a - y / length_b
-        distance += tl.sum(turn * turn, axis=1) * 0.5
-    return a, b, u, distance
+        dot += tl.sum(x * y, axis=1)
+    return a, b, u, dot
 
 
 @triton.jit(do_not_specialize=["num_states", "num_tokens", "row_tokens", "stride_s", "stride_b", "stride_t"])
@@ -203,7 +198,6 @@ def finish_kernel(
     valid,  # [N] uint8
     square,  # [S, F, N] float32
     update,  # [S-1, F, N] float32
-    dot,  # [S-1, F, N] float32
     bend,  # [S-2, F, N] float32
     spread,  # [F, N] float32
     norm_map,  # [S, N] float32
@@ -232,6 +226,7 @@ def finish_kernel(
     HUGE: tl.constexpr,
     TINY_SPREAD: tl.constexpr,
     ROUNDING: tl.constexpr,
+    ALLOWED: tl.constexpr,
 ):
     """Add the blocks of features up in float64 and write the maps.
 
@@ -253,27 +248,22 @@ def finish_kernel(
         a = _block_sum(square + s * plane, n, num_tokens, used, F)
         b = _block_sum(square + (s + 1) * plane, n, num_tokens, only_if(next1, used), F)
         u = _block_sum(update + s * plane, n, num_tokens, only_if(next1, used), F)
+        distance = _distance(a, b, u)
+        error = ROUNDING * (u + tl.abs(a - b)) / (2 * tl.sqrt(a) * tl.sqrt(b))
         trusted = _in_range(b, TINY, HUGE) & _in_range(u, TINY, HUGE)
-        distance = u
-        if WITH_DEPTH:
-            # 1 − cos, which cancels where it is small, and the form in Δh, which cancels where the length changes much.
-            length_a, length_b = tl.sqrt(a), tl.sqrt(b)
-            product = length_a * length_b
-            between = length_a - length_b
-            p = _block_sum(dot + s * plane, n, num_tokens, only_if(next1, used), F)
-            sensitivity = (u + tl.abs(a - b)) / (2 * product)
-            distance = tl.where(sensitivity < 1, (u - between * between) / (2 * product), 1 - p / product)
-            error = ROUNDING * tl.minimum(sensitivity, 1.0)
-            trusted = trusted & (error <= tl.maximum(5e-4 * distance, 5e-9))
+        trusted = trusted & (error <= tl.minimum(tl.maximum(5e-4 * distance, 5e-9), ALLOWED))
         doubtful = used & (~_in_range(a, TINY, HUGE) | only_if(next1, ~trusted))
         if tl.max(doubtful.to(tl.int32), axis=0) > 0:
-            exact_a, exact_b, exact_u, exact_distance = _exact_pair(
+            exact_a, exact_b, exact_u, dot = _exact_pair(
                 origin + s * step_s, step_s, doubtful, next1, column, D, BT, BD
             )
             a = tl.where(doubtful, exact_a, a)
             b = tl.where(doubtful, exact_b, b)
             u = tl.where(doubtful, exact_u, u)
-            distance = tl.where(doubtful, exact_distance, distance)
+            # In Δh nothing cancels but where the length changes much; there 1 − cos does not.
+            longer = u + tl.abs(a - b) > 2 * tl.sqrt(a) * tl.sqrt(b)
+            exact = tl.where(longer, 1 - dot / tl.sqrt(a) / tl.sqrt(b), _distance(a, b, u))
+            distance = tl.where(doubtful, tl.maximum(exact, 0.0), distance)
         finite = used & is_finite(a)
         both = finite & is_finite(b)
         target = s.to(tl.int64) * num_tokens + n
