@@ -61,14 +61,12 @@ def _careful_sum(
 )  # fmt: skip
 def sum_kernel(
     states,  # [S, B, T, D]
-    weight,  # [S, N] float32
-    update_weight,  # [S-1, N] float32
+    weights,  # [2S-1, N] float32: S of 1/‖h‖, S-1 of 1/‖Δh‖
     order,  # [N] int64: tokens, group by group
     begin,  # [G + 1] int64: where each group begins in `order`
     first,  # [G + 1] int64: the first piece of each group
     whose,  # [P] int64: the group of a piece
-    sums,  # [S, P, D] float32
-    update_sums,  # [S-1, P, D] float32
+    sums,  # [2S-1, P, D] float32: S of h, S-1 of Δh
     num_states,
     num_tokens,
     row_tokens,
@@ -116,15 +114,15 @@ def sum_kernel(
     h3 = states + tl.minimum(s + 3, last) * step
     h4 = states + tl.minimum(s + 4, last) * step
     row = num_tokens.to(tl.int64)
-    w0 = weight + s * row
-    w1 = weight + tl.minimum(s + 1, last) * row
-    w2 = weight + tl.minimum(s + 2, last) * row
-    w3 = weight + tl.minimum(s + 3, last) * row
-    end = tl.maximum(last - 1, 0)
-    v0 = update_weight + tl.minimum(s, end) * row
-    v1 = update_weight + tl.minimum(s + 1, end) * row
-    v2 = update_weight + tl.minimum(s + 2, end) * row
-    v3 = update_weight + tl.minimum(s + 3, end) * row
+    w0 = weights + s * row
+    w1 = weights + tl.minimum(s + 1, last) * row
+    w2 = weights + tl.minimum(s + 2, last) * row
+    w3 = weights + tl.minimum(s + 3, last) * row
+    v = num_states + s
+    v0 = weights + tl.minimum(v, 2 * last) * row
+    v1 = weights + tl.minimum(v + 1, 2 * last) * row
+    v2 = weights + tl.minimum(v + 2, 2 * last) * row
+    v3 = weights + tl.minimum(v + 3, 2 * last) * row
     t0 = tl.zeros([BD], tl.float32)
     t1 = tl.zeros([BD], tl.float32)
     t2 = tl.zeros([BD], tl.float32)
@@ -154,61 +152,45 @@ def sum_kernel(
         t3, u3 = _unit(x3, x4, tl.load(w3 + n), tl.load(v3 + n), t3, u3)
 
     plane = pieces.to(tl.int64) * D
-    target = (s.to(tl.int64) * pieces + piece) * D + feature
+    target = sums + s * plane + piece.to(tl.int64) * D + feature
+    update = target + num_states * plane
     # A token without a direction has weight 0, but 0 · NaN is not 0; a weight of NaN asks for more than float32.
     if tl.max((~is_finite(t0 + t1 + t2 + t3 + u0 + u1 + u2 + u3)).to(tl.int32), axis=0) > 0:
         for k in range(s, tl.minimum(s + 4, num_states)):
             pointer = states + k * step
             total = _careful_sum(
-                pointer, weight + k * row, order, low, high, feature, row_tokens, stride_b, stride_t, step,
+                pointer, weights + k * row, order, low, high, feature, row_tokens, stride_b, stride_t, step,
                 D, BD, ALIGN, DOCUMENTS, False,
             )  # fmt: skip
-            tl.store(sums + target, total, mask=known)
+            tl.store(target, total, mask=known)
             if k < last:
                 total = _careful_sum(
-                    pointer, update_weight + k * row, order, low, high, feature, row_tokens, stride_b, stride_t,
-                    step, D, BD, ALIGN, DOCUMENTS, True,
+                    pointer, weights + (num_states + k) * row, order, low, high, feature, row_tokens, stride_b,
+                    stride_t, step, D, BD, ALIGN, DOCUMENTS, True,
                 )  # fmt: skip
-                tl.store(update_sums + target, total, mask=known)
+                tl.store(update, total, mask=known)
             target += plane
+            update += plane
     else:
-        tl.store(sums + target, t0, mask=known)
-        tl.store(sums + target + plane, t1, mask=only_if(s + 1 <= last, known))
-        tl.store(sums + target + 2 * plane, t2, mask=only_if(s + 2 <= last, known))
-        tl.store(sums + target + 3 * plane, t3, mask=only_if(s + 3 <= last, known))
-        tl.store(update_sums + target, u0, mask=only_if(s + 1 <= last, known))
-        tl.store(update_sums + target + plane, u1, mask=only_if(s + 2 <= last, known))
-        tl.store(update_sums + target + 2 * plane, u2, mask=only_if(s + 3 <= last, known))
-        tl.store(update_sums + target + 3 * plane, u3, mask=only_if(s + 4 <= last, known))
+        tl.store(target, t0, mask=known)
+        tl.store(target + plane, t1, mask=only_if(s + 1 <= last, known))
+        tl.store(target + 2 * plane, t2, mask=only_if(s + 2 <= last, known))
+        tl.store(target + 3 * plane, t3, mask=only_if(s + 3 <= last, known))
+        tl.store(update, u0, mask=only_if(s + 1 <= last, known))
+        tl.store(update + plane, u1, mask=only_if(s + 2 <= last, known))
+        tl.store(update + 2 * plane, u2, mask=only_if(s + 3 <= last, known))
+        tl.store(update + 3 * plane, u3, mask=only_if(s + 4 <= last, known))
 
 
-@triton.jit
-def _count(weight, order, low, high, BT: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """How many of the tokens have a direction."""
-    count = tl.zeros([BT], tl.int32)
-    for start in range(low, high, BT):
-        at = start + tl.arange(0, BT)
-        n = at
-        if DOCUMENTS:
-            n = tl.load(order + at, mask=at < high, other=0).to(tl.int32)
-        count += (tl.load(weight + n, mask=at < high, other=0.0) != 0).to(tl.int32)
-    return tl.sum(count.to(tl.int64), axis=0)
-
-
-@triton.jit(do_not_specialize=["num_states", "num_tokens", "row_tokens", "groups", "pieces", "chunks"])
+@triton.jit(do_not_specialize=["num_tokens", "row_tokens", "groups", "pieces", "chunks"])
 def total_kernel(
-    sums,  # [S, P, D] float32
-    update_sums,  # [S-1, P, D] float32
-    weight,  # [S, N] float32
-    update_weight,  # [S-1, N] float32
+    sums,  # [2S-1, P, D] float32
+    weights,  # [2S-1, N] float32
     order,  # [N] int64
     begin,  # [G + 1] int64
     first,  # [G + 1] int64
-    unit_sum,  # [S, G, D] float64
-    count,  # [S, G] int64
-    update_unit_sum,  # [S-1, G, D] float64
-    update_count,  # [S-1, G] int64
-    num_states,
+    unit_sum,  # [2S-1, G, D] float64
+    count,  # [2S-1, G] int64
     num_tokens,
     row_tokens,
     groups,
@@ -216,17 +198,13 @@ def total_kernel(
     chunks,
     D: tl.constexpr,
     BD: tl.constexpr,
-    BP: tl.constexpr,
     BT: tl.constexpr,
     DOCUMENTS: tl.constexpr,
 ):
-    """Add the pieces of every group in float64, and count."""
-    feature = tl.program_id(1) * BD + tl.arange(0, BD)
-    known = feature < D
-    cell = tl.program_id(0)  # s · G + g
-    s = cell // groups
+    """Add the pieces of every group in float64, and count the tokens that have a direction."""
+    cell = tl.program_id(0)
     group = cell % groups
-    moves = s + 1 < num_states
+    row = (cell // groups).to(tl.int64)
     if DOCUMENTS:
         low = tl.load(begin + group).to(tl.int32)
         high = tl.load(begin + group + 1).to(tl.int32)
@@ -237,22 +215,18 @@ def total_kernel(
         high = low + row_tokens
         piece = group * chunks
         end = piece + chunks
+    feature = tl.program_id(1) * BD + tl.arange(0, BD)
+    known = feature < D
     total = tl.zeros((BD,), tl.float64)
-    update_total = tl.zeros((BD,), tl.float64)
-    row = s.to(tl.int64) * pieces
-    for start in range(piece, end, BP):
-        at = start + tl.arange(0, BP)
-        place = (row + at)[:, None] * D + feature[None, :]
-        here = (at < end)[:, None] & known[None, :]
-        total += tl.sum(tl.load(sums + place, mask=here, other=0.0).to(tl.float64), axis=0)
-        update_total += tl.sum(
-            tl.load(update_sums + place, mask=only_if(moves, here), other=0.0).to(tl.float64), axis=0
-        )
-    target = cell.to(tl.int64) * D + feature
-    tl.store(unit_sum + target, total, mask=known)
-    tl.store(update_unit_sum + target, update_total, mask=only_if(moves, known))
+    for at in tl.range(piece, end, loop_unroll_factor=4):
+        total += tl.load(sums + (row * pieces + at) * D + feature, mask=known, other=0.0).to(tl.float64)
+    tl.store(unit_sum + cell.to(tl.int64) * D + feature, total, mask=known)
     if tl.program_id(1) == 0:
-        row = s.to(tl.int64) * num_tokens
-        tl.store(count + cell, _count(weight + row, order, low, high, BT, DOCUMENTS))
-        if moves:
-            tl.store(update_count + cell, _count(update_weight + row, order, low, high, BT, DOCUMENTS))
+        number = tl.zeros([BT], tl.int32)
+        for start in range(low, high, BT):
+            at = start + tl.arange(0, BT)
+            n = at
+            if DOCUMENTS:
+                n = tl.load(order + at, mask=at < high, other=0).to(tl.int32)
+            number += (tl.load(weights + row * num_tokens + n, mask=at < high, other=0.0) != 0).to(tl.int32)
+        tl.store(count + cell, tl.sum(number.to(tl.int64), axis=0))

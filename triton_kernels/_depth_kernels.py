@@ -65,10 +65,7 @@ def _walk_step(
 def walk_kernel(
     states,  # [S, B, T, D]
     valid,  # [N] uint8
-    square,  # [S, F, N] float32: Σ h²
-    update,  # [S-1, F, N] float32: Σ Δh²
-    bend,  # [S-2, F, N] float32: Σ |second difference|
-    spread,  # [F, N] float32: Σ std
+    partial,  # [·, F, N] float32, sums over a block: S of h², S-1 of Δh², S-2 of |second difference|, 1 of the std
     num_states,
     num_tokens,
     row_tokens,
@@ -102,10 +99,10 @@ def walk_kernel(
     PARTIAL: tl.constexpr = D % (R * W) != 0
     step_s = stride_s.to(tl.int64) * ALIGN
     plane = num_tokens.to(tl.int64) * F
-    target = block.to(tl.int64) * num_tokens + n
-    square += target
-    update += target
-    bend += target
+    last = num_states - 1
+    square = partial + block.to(tl.int64) * num_tokens + n
+    update = square + num_states * plane
+    bend = update + last * plane
 
     first = (tl.load(pointer, mask=known, other=0.0) if PARTIAL else tl.load(pointer)).to(tl.float32)
     tl.store(square, _tile_sum(first * first), mask=inside)
@@ -114,7 +111,6 @@ def walk_kernel(
     away = first * 0.0
     total = tl.zeros_like(first)
     total_square = tl.zeros_like(first)
-    last = num_states - 1
     for s in tl.range(1, last, 2, num_stages=STAGES):
         this = pointer + s * step_s
         one = tl.load(this, mask=known, other=0.0) if PARTIAL else tl.load(this)
@@ -141,7 +137,7 @@ def walk_kernel(
         count = num_states.to(tl.float32)
         variance = (total_square - total * total / count) / count
         variance = tl.where(variance < 0, 0.0, variance)  # keeps NaN, unlike tl.maximum
-        tl.store(spread + target, _tile_sum(tl.sqrt(variance)), mask=inside)
+        tl.store(bend + (last - 1) * plane, _tile_sum(tl.sqrt(variance)), mask=inside)
 
 
 @triton.jit
@@ -196,17 +192,9 @@ def _exact_pair(pointer, step, wanted, has_next, column, D: tl.constexpr, BT: tl
 def finish_kernel(
     states,  # [S, B, T, D]
     valid,  # [N] uint8
-    square,  # [S, F, N] float32
-    update,  # [S-1, F, N] float32
-    bend,  # [S-2, F, N] float32
-    spread,  # [F, N] float32
-    norm_map,  # [S, N] float32
-    cosine_map,  # [S-1, N] float32
-    distance_map,  # [S-1, N] float32
-    curvature_map,  # [S-2, N] float32
-    spread_map,  # [N] float32
-    weight,  # [S, N] float32: 1/‖h‖
-    update_weight,  # [S-1, N] float32: 1/‖Δh‖
+    partial,  # as the walk left it
+    maps,  # [4S-3, N] float32: S norms, S-1 cosines, S-1 distances, S-2 curvatures, 1 spread
+    weights,  # [2S-1, N] float32: S of 1/‖h‖, S-1 of 1/‖Δh‖
     counts,  # [2, S] int64: non-finite, zero
     num_states,
     num_tokens,
@@ -242,12 +230,16 @@ def finish_kernel(
     column = tl.arange(0, BD)[None, :]
     origin = states + token_offset(n, row_tokens, stride_b, stride_t, ALIGN)[:, None] + column
     step_s = stride_s.to(tl.int64) * ALIGN
+    square = partial + s * plane
+    update = square + num_states * plane
+    bend = update + (num_states - 1) * plane
+    row = num_tokens.to(tl.int64)
     if s < num_states:
         next1 = s + 1 < num_states
         next2 = s + 2 < num_states
-        a = _block_sum(square + s * plane, n, num_tokens, used, F)
-        b = _block_sum(square + (s + 1) * plane, n, num_tokens, only_if(next1, used), F)
-        u = _block_sum(update + s * plane, n, num_tokens, only_if(next1, used), F)
+        a = _block_sum(square, n, num_tokens, used, F)
+        b = _block_sum(square + plane, n, num_tokens, only_if(next1, used), F)
+        u = _block_sum(update, n, num_tokens, only_if(next1, used), F)
         distance = _distance(a, b, u)
         error = ROUNDING * (u + tl.abs(a - b)) / (2 * tl.sqrt(a) * tl.sqrt(b))
         trusted = _in_range(b, TINY, HUGE) & _in_range(u, TINY, HUGE)
@@ -266,25 +258,27 @@ def finish_kernel(
             distance = tl.where(doubtful, tl.maximum(exact, 0.0), distance)
         finite = used & is_finite(a)
         both = finite & is_finite(b)
-        target = s.to(tl.int64) * num_tokens + n
         if WITH_DEPTH:
-            tl.store(norm_map + target, tl.where(finite, tl.sqrt(a), nan).to(tl.float32), mask=inside)
+            norm = maps + s * row + n
+            cosine = norm + num_states * row
+            turn = cosine + (num_states - 1) * row
+            curvature = turn + (num_states - 1) * row
+            tl.store(norm, tl.where(finite, tl.sqrt(a), nan).to(tl.float32), mask=inside)
             directed = both & (a > 0) & (b > 0)
-            cosine = tl.where(directed, 1 - distance, nan).to(tl.float32)
-            tl.store(cosine_map + target, cosine, mask=only_if(next1, inside))
-            distance = tl.where(directed, distance, nan).to(tl.float32)
-            tl.store(distance_map + target, distance, mask=only_if(next1, inside))
-            bent = _block_sum(bend + s * plane, n, num_tokens, only_if(next2, used), F) * (0.5 / D)
+            tl.store(cosine, tl.where(directed, 1 - distance, nan).to(tl.float32), mask=only_if(next1, inside))
+            tl.store(turn, tl.where(directed, distance, nan).to(tl.float32), mask=only_if(next1, inside))
+            bent = _block_sum(bend, n, num_tokens, only_if(next2, used), F) * (0.5 / D)
             # Differences with something non-finite are non-finite.
             bent = tl.where(used & is_finite(bent), bent, nan).to(tl.float32)
-            tl.store(curvature_map + target, bent, mask=only_if(next2, inside))
+            tl.store(curvature, bent, mask=only_if(next2, inside))
             tl.atomic_add(counts + s, tl.sum((used & ~finite).to(tl.int64), axis=0))
             tl.atomic_add(counts + num_states + s, tl.sum((finite & (a == 0)).to(tl.int64), axis=0))
         if WITH_WEIGHTS:
-            tl.store(weight + target, _weight(a, finite & (a > 0)), mask=inside)
-            tl.store(update_weight + target, _weight(u, both & (u > 0)), mask=only_if(next1, inside))
+            weight = weights + s * row + n
+            tl.store(weight, _weight(a, finite & (a > 0)), mask=inside)
+            tl.store(weight + num_states * row, _weight(u, both & (u > 0)), mask=only_if(next1, inside))
     elif WITH_DEPTH:
-        wide = _block_sum(spread, n, num_tokens, used, F)
+        wide = _block_sum(partial + 3 * (num_states - 1) * plane, n, num_tokens, used, F)
         doubtful = used & ~((wide >= TINY_SPREAD * D) & (wide <= HUGE))
         if tl.max(doubtful.to(tl.int32), axis=0) > 0:
             exact = tl.zeros((BT,), tl.float64)
@@ -301,4 +295,4 @@ def finish_kernel(
                 exact += tl.sum(tl.sqrt(tl.where(variance < 0, 0.0, variance)), axis=1)
             wide = tl.where(doubtful, exact, wide)
         wide = tl.where(used & is_finite(wide), wide / D, nan)
-        tl.store(spread_map + n, wide.to(tl.float32), mask=inside)
+        tl.store(maps + 4 * (num_states - 1) * row + n, wide.to(tl.float32), mask=inside)

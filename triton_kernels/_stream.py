@@ -1,3 +1,5 @@
+# Launch options of Triton's kernels are unknown to pyright.
+# pyright: reportCallIssue=false
 """Launches the kernels behind `depth_statistics` and `token_sums`. Imported only where Triton runs.
 
 Four kernels, in this order:
@@ -129,82 +131,67 @@ def _stream(
     strides = states.stride()[:3]
     align = math.gcd(16 // states.element_size(), *strides)
     sizes = (num_states, rows * row_tokens, row_tokens, *(stride // align for stride in strides))
-    maps, weights = _walk(states, tokens, sizes, align, depth, sums, settings)
+    maps, counts, weights = _walk(states, tokens, sizes, align, depth, sums, settings)
+    fields: tuple[Tensor, ...] = ()
     if depth:
-        *fields, counts = maps
-        maps = (*(entry.unflatten(-1, (rows, row_tokens)) for entry in fields), counts[0], counts[1])
-    return maps, _sum(states, tokens, sizes, align, weights, settings) if sums else ()
+        s = num_states
+        norm, cosine, distance, curvature, spread = maps.split((s, s - 1, s - 1, s - 2, 1))
+        fields = (norm, cosine, distance, curvature, spread[0], counts[0], counts[1])
+    return fields, _sum(states, tokens, sizes, align, weights, settings) if sums else ()
 
 
 def _walk(
     states: Tensor, tokens: Tokens, sizes: tuple[int, ...], align: int, depth: bool, sums: bool, settings: Settings
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The maps `[·, N]` with the counts, and the weights of h and Δh; each empty unless asked for."""
-    (s, n), features = sizes[:2], states.shape[-1]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The maps `[4S-3, B, T]`, the counts `[2, S]`, and the weights `[2S-1, B, T]`; not filled unless asked for."""
+    (s, n), shape, features = sizes[:2], states.shape[1:3], states.shape[-1]
     pieces, block_tokens, width = settings.walk
     blocks = triton.cdiv(features, pieces * width)
 
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=states.device)
+    def empty(lead: int, *shape: int) -> Tensor:
+        return torch.empty(lead, *shape, dtype=torch.float32, device=states.device)
 
-    square, update = empty(s, blocks, n), empty(s - 1, blocks, n)
-    bend, spread = (empty(max(s - 2, 0), blocks, n), empty(blocks, n)) if depth else (square, square)
-    valid = square if tokens.valid is None else tokens.valid
+    partial = empty(3 * s - 2 if depth else 2 * s - 1, blocks, n)
+    valid = partial if tokens.valid is None else tokens.valid
     shared = dict(D=features, ALIGN=align, HAS_MASK=tokens.valid is not None, WITH_DEPTH=depth)
     walk_kernel[(triton.cdiv(n, block_tokens) * blocks,)](
-        states, valid, square, update, bend, spread, *sizes, R=pieces, BT=block_tokens, W=width,
-        STAGES=settings.walk_stages, EXACT=states.dtype.itemsize == 2, num_warps=1, **shared,
+        states, valid, partial, *sizes, R=pieces, BT=block_tokens, W=width, STAGES=settings.walk_stages,
+        EXACT=states.dtype.itemsize == 2, num_warps=1, **shared,
     )  # fmt: skip
-    maps: tuple[Tensor, ...] = ()
-    weights: tuple[Tensor, ...] = ()
-    if depth:
-        counts = torch.zeros(2, s, dtype=torch.int64, device=states.device)
-        maps = (empty(s, n), empty(s - 1, n), empty(s - 1, n), empty(max(s - 2, 0), n), empty(n), counts)
-    if sums:
-        weights = (empty(s, n), empty(s - 1, n))
+    maps = empty(4 * s - 3, *shape) if depth else partial
+    counts = torch.zeros(2, s, dtype=torch.int64, device=states.device) if depth else partial
+    weights = empty(2 * s - 1, *shape) if sums else partial
     finish_kernel[(triton.cdiv(n, settings.finish_tokens), s + depth)](
-        states, valid, square, update, bend, spread, *(maps[:5] or (square,) * 5), *(weights or (square,) * 2),
-        maps[5] if depth else square, *sizes, F=blocks, BT=settings.finish_tokens, BD=64, WITH_WEIGHTS=sums,
-        TINY=_TINY, HUGE=_HUGE, TINY_SPREAD=_TINY_SPREAD, ROUNDING=_ROUNDING, ALLOWED=_ALLOWED,
+        states, valid, partial, maps, weights, counts, *sizes, F=blocks, BT=settings.finish_tokens, BD=64,
+        WITH_WEIGHTS=sums, TINY=_TINY, HUGE=_HUGE, TINY_SPREAD=_TINY_SPREAD, ROUNDING=_ROUNDING, ALLOWED=_ALLOWED,
         num_warps=settings.finish_warps, **shared,
     )  # fmt: skip
-    return maps, weights
+    return maps, counts, weights
 
 
 def _sum(
-    states: Tensor, tokens: Tokens, sizes: tuple[int, ...], align: int, weights: tuple[Tensor, ...], settings: Settings
+    states: Tensor, tokens: Tokens, sizes: tuple[int, ...], align: int, weights: Tensor, settings: Settings
 ) -> tuple[Tensor, ...]:
     """The fields of `TokenSums`."""
-    (s, _, row_tokens), features, groups = sizes[:3], states.shape[-1], tokens.groups
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=states.device)
-
-    results = (
-        empty(s, groups, features, dtype=torch.float64),
-        empty(s, groups, dtype=torch.int64),
-        empty(s - 1, groups, features, dtype=torch.float64),
-        empty(s - 1, groups, dtype=torch.int64),
-    )
-    if groups == 0:
-        return results
-    width = settings.sum_features
-    blocks = triton.cdiv(s, 4) * triton.cdiv(features, width)
-    pieces = cut(tokens, row_tokens, sizes[1], settings.programs // blocks, settings.span)
-    parts = (empty(s, pieces.count, features), empty(s - 1, pieces.count, features))
-    if s == 1:
-        weights = (weights[0], torch.zeros_like(weights[0]))  # The kernel reads some, and stores no update.
-    unused = weights[0]
-    places = tuple(unused if entry is None else entry for entry in (tokens.order, tokens.begin, pieces.first))
-    whose = unused if pieces.group is None else pieces.group
-    documents = tokens.order is not None
-    sum_kernel[(blocks * pieces.count,)](
-        states, *weights, *places, whose, *parts, *sizes, pieces.count, pieces.chunks, pieces.span,
-        D=features, BD=width, ALIGN=align, DOCUMENTS=documents, STAGES=settings.sum_stages, num_warps=1,
-    )  # fmt: skip
-    width = min(128, triton.next_power_of_2(features))
-    total_kernel[(s * groups, triton.cdiv(features, width))](
-        *parts, *weights, *places, *results, *sizes[:3], groups, pieces.count, pieces.chunks, D=features, BD=width,
-        BP=16, BT=1024, DOCUMENTS=documents, num_warps=4,
-    )  # fmt: skip
-    return results
+    (s, n, row_tokens), features, groups = sizes[:3], states.shape[-1], tokens.groups
+    unit_sum = torch.empty(2 * s - 1, groups, features, dtype=torch.float64, device=states.device)
+    count = torch.empty(2 * s - 1, groups, dtype=torch.int64, device=states.device)
+    if groups:
+        width = settings.sum_features
+        blocks = triton.cdiv(s, 4) * triton.cdiv(features, width)
+        pieces = cut(tokens, row_tokens, n, settings.programs // blocks, settings.span)
+        parts = torch.empty(2 * s - 1, pieces.count, features, dtype=torch.float32, device=states.device)
+        order, begin, first, group = (
+            weights if entry is None else entry for entry in (tokens.order, tokens.begin, pieces.first, pieces.group)
+        )
+        documents = tokens.order is not None
+        sum_kernel[(blocks * pieces.count,)](
+            states, weights, order, begin, first, group, parts, *sizes, pieces.count, pieces.chunks, pieces.span,
+            D=features, BD=width, ALIGN=align, DOCUMENTS=documents, STAGES=settings.sum_stages, num_warps=1,
+        )  # fmt: skip
+        width = min(128, triton.next_power_of_2(features))
+        total_kernel[((2 * s - 1) * groups, triton.cdiv(features, width))](
+            parts, weights, order, begin, first, unit_sum, count, n, row_tokens, groups, pieces.count, pieces.chunks,
+            D=features, BD=width, BT=1024, DOCUMENTS=documents, num_warps=1,
+        )  # fmt: skip
+    return unit_sum[:s], count[:s], unit_sum[s:], count[s:]
