@@ -224,9 +224,9 @@ def total_kernel(
     if tl.program_id(1) == 0:
         number = tl.zeros([BT], tl.int32)
         for start in range(low, high, BT):
-            at = start + tl.arange(0, BT)
-            n = at
+            place = start + tl.arange(0, BT)
+            inside = place < high
             if DOCUMENTS:
-                n = tl.load(order + at, mask=at < high, other=0).to(tl.int32)
-            number += (tl.load(weights + row * num_tokens + n, mask=at < high, other=0.0) != 0).to(tl.int32)
+                place = tl.load(order + place, mask=inside, other=0).to(tl.int32)
+            number += (tl.load(weights + row * num_tokens + place, mask=inside, other=0.0) != 0).to(tl.int32)
         tl.store(count + cell, tl.sum(number.to(tl.int64), axis=0))
