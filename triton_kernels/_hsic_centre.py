@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from repflow.triton_kernels._sizes import ceil_div, power_of_2
+
 SCAN = (32, 64, 1, 3)
 """Tokens, features, warps and stages of the look at all states."""
 
@@ -241,7 +243,7 @@ def centre(states: Tensor, token: Tensor, member: Tensor) -> Centre:
     S, _, T, D = states.shape
     G, n = token.shape
     BT, BD, warps, stages = SCAN
-    blocks, width = triton.cdiv(n, BT), min(256, triton.next_power_of_2(D))
+    blocks, width = ceil_div(n, BT), min(256, power_of_2(D))
     where = (*states.stride()[:3], T, G)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -256,7 +258,7 @@ def centre(states: Tensor, token: Tensor, member: Tensor) -> Centre:
         _pack_kernel[(G,)](old, used, found, packed, number, shift, again, n, FIRST=first, BT=1024, num_warps=4)
         _scan_kernel[(blocks, S, G)](
             states, packed, number, shift, again, scale, sums, top, *where, n, blocks,
-            D=D, BT=BT, BD=min(BD, triton.next_power_of_2(D)), STAGES=stages, ALIGN=alignment(states), FIRST=first,
+            D=D, BT=BT, BD=min(BD, power_of_2(D)), STAGES=stages, ALIGN=alignment(states), FIRST=first,
             num_warps=warps,
         )  # fmt: skip
         return packed
@@ -264,10 +266,10 @@ def centre(states: Tensor, token: Tensor, member: Tensor) -> Centre:
     packed = choose(token, member, found, first=True)
     target = 14 if states.dtype == torch.float16 else 0  # float16 is narrow: near its top
     _scale_kernel[(S, G)](found, top, alive, scale, again, G, n, TARGET=target, BT=1024, num_warps=4)
-    _keep_kernel[(triton.cdiv(n, 128), G)](found, top, alive, kept, S, G, n, BT=128, num_warps=4)
+    _keep_kernel[(ceil_div(n, 128), G)](found, top, alive, kept, S, G, n, BT=128, num_warps=4)
     # Seldom, and known on the device only: where a token drops out, the sums are taken again without it.
     packed = choose(packed, kept, count, first=False)
-    _mean_kernel[(triton.cdiv(D, width), S, G)](
+    _mean_kernel[(ceil_div(D, width), S, G)](
         states, shift, sums, scale, count, again, mean, *where, blocks, D=D, BT=BT, BD=width, num_warps=4
     )
     return Centre(packed, count, alive, scale, mean)

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from repflow.triton_kernels._hsic_centre import Centre, alignment
+from repflow.triton_kernels._sizes import ceil_div, power_of_2
 
 PANEL_BYTES = 160 * 2**20
 """Gram tiles of all states that are held at once."""
@@ -56,7 +57,7 @@ class Tiling:
 
     def tiles(self, n: int) -> int:
         """Of a group of n tokens: column c holds (c + 1)·columns/rows of them."""
-        columns = triton.cdiv(n, self.columns)
+        columns = ceil_div(n, self.columns)
         return self.columns // self.rows * columns * (columns + 1) // 2
 
 
@@ -309,7 +310,7 @@ def _contract_kernel(
 def _split(S: int) -> tuple[int, int]:
     """Powers of two that cover S states: one that fits, and one for the rest."""
     main = min(128, max(16, 2 ** (S.bit_length() - 1)))
-    return main, max(16, triton.next_power_of_2(S - main)) if main < S else 0
+    return main, max(16, power_of_2(S - main)) if main < S else 0
 
 
 def add_inner_products(
@@ -324,7 +325,7 @@ def add_inner_products(
     tiles, entries = G * piece.tiles, tiling.rows * tiling.columns
     dtype = torch.float32 if tiling.fp32 else torch.float16
     panel = min(tiles, max(1, PANEL_BYTES // (S * entries * dtype.itemsize)))
-    panel = triton.cdiv(tiles, triton.cdiv(tiles, panel))
+    panel = ceil_div(tiles, ceil_div(tiles, panel))
     gram = torch.empty(panel, S, entries, dtype=dtype, device=states.device)
     BA, BB = _split(S)
     depth = (64 if tiling.fp32 or BA > 64 else 128) // (1 if _roomy(states.device) else 2)

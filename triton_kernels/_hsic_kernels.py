@@ -20,6 +20,7 @@ from torch import Tensor
 from repflow.triton_kernels import _hsic_gram
 from repflow.triton_kernels._hsic_centre import SCAN, Centre, alignment, centre
 from repflow.triton_kernels._hsic_gram import Pass, tiles_of
+from repflow.triton_kernels._sizes import ceil_div, power_of_2
 
 MAX_STATES = 256
 """The contraction holds all pairs of states on chip."""
@@ -247,10 +248,10 @@ def _norms(
     length, offset, shrink, hard = empty(S, G), empty(S, G), empty(S, G), empty(S, G, dtype=torch.int32)
     total, fourth, fourth_max = (empty(*shape, dtype=torch.float64) for shape in ((S, G), (G, S), (G, S)))
     BT, BD, warps, stages = _NORM
-    _norm_kernel[(triton.cdiv(n, BT), S, G)](
+    _norm_kernel[(ceil_div(n, BT), S, G)](
         states, middle.token, middle.count, middle.alive, middle.scale, middle.mean, square, edge, length,
         *states.stride()[:3], T, G, n,
-        D=D, BT=BT, BD=min(BD, triton.next_power_of_2(D)), STAGES=stages, ALIGN=alignment(states),
+        D=D, BT=BT, BD=min(BD, power_of_2(D)), STAGES=stages, ALIGN=alignment(states),
         UNBIASED=unbiased, FP32=fp32, num_warps=warps,
     )  # fmt: skip
     _moment_kernel[(S, G)](
@@ -277,7 +278,7 @@ def _of_groups(
     if not unbiased:
         wide = square.transpose(0, 1).double()
         extra = wide @ wide.mT
-    _finish_kernel[(triton.cdiv(S * S, 32), G)](
+    _finish_kernel[(ceil_div(S * S, 32), G)](
         inner, extra, total, length, middle.scale, shifts[2], middle.alive, middle.count, hsic,
         S, G, few.end, few.first_piece, few.high, min_tokens,
         BI=long.tiling.rows, BJ=long.tiling.columns, PARTS=long.tiling.parts,
@@ -297,7 +298,7 @@ def hsic_statistics(
     G, n = token.shape
     member = member.contiguous().view(torch.uint8)
     passes = _hsic_gram.plan(n, states)
-    largest = 4 * S * max(triton.cdiv(n, SCAN[0]) * D, passes[1].end * S)
+    largest = 4 * S * max(ceil_div(n, SCAN[0]) * D, passes[1].end * S)
     step = min(_MAX_GROUPS, max(1, _SUMS_BYTES // largest))
     with torch.cuda.device(states.device) if states.is_cuda else nullcontext():
         parts = [

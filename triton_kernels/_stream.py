@@ -19,11 +19,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from repflow.triton_kernels._cohesion_kernels import sum_kernel, total_kernel
 from repflow.triton_kernels._depth_kernels import finish_kernel, walk_kernel
+from repflow.triton_kernels._sizes import ceil_div, power_of_2
 from repflow.triton_kernels.groups import find_groups
 
 _TINY, _HUGE = 1e-24, 1e36  # Sums of squares in float32 outside these may have lost digits.
@@ -51,11 +51,11 @@ class Settings:
 
 def choose_settings(dtype: torch.dtype, features: int) -> Settings:
     """The settings of a shape class: the widest tile without features to spare."""
-    width = min(64 if dtype.itemsize == 2 else 32, max(8, triton.next_power_of_2(features)))
+    width = min(64 if dtype.itemsize == 2 else 32, max(8, power_of_2(features)))
     pieces = next((r for r in (4, 2) if features % (r * width) == 0), 1)
     if features % width:
         pieces = 4 if features >= 8 * width else 1
-    return Settings(walk=(pieces, 4, width), sum_features=min(256, max(32, triton.next_power_of_2(features))))
+    return Settings(walk=(pieces, 4, width), sum_features=min(256, max(32, power_of_2(features))))
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def cut(tokens: Tokens, row_tokens: int, num_tokens: int, wanted: int, longest: 
     """About `wanted` pieces, none longer than `longest`."""
     span = max(16, min(longest, num_tokens // max(wanted, 1)))
     if tokens.begin is None:
-        chunks = triton.cdiv(row_tokens, span)
+        chunks = ceil_div(row_tokens, span)
         return Pieces(tokens.groups * chunks, span, chunks)
     first = torch.zeros_like(tokens.begin)
     torch.cumsum((tokens.begin.diff() + span - 1) // span, 0, out=first[1:])
@@ -146,7 +146,7 @@ def _walk(
     """The maps `[4S-3, B, T]`, the counts `[2, S]`, and the weights `[2S-1, B, T]`; not filled unless asked for."""
     (s, n), shape, features = sizes[:2], states.shape[1:3], states.shape[-1]
     pieces, block_tokens, width = settings.walk
-    blocks = triton.cdiv(features, pieces * width)
+    blocks = ceil_div(features, pieces * width)
 
     def empty(lead: int, *shape: int) -> Tensor:
         return torch.empty(lead, *shape, dtype=torch.float32, device=states.device)
@@ -154,14 +154,14 @@ def _walk(
     partial = empty(3 * s - 2 if depth else 2 * s - 1, blocks, n)
     valid = partial if tokens.valid is None else tokens.valid
     shared = dict(D=features, ALIGN=align, HAS_MASK=tokens.valid is not None, WITH_DEPTH=depth)
-    walk_kernel[(triton.cdiv(n, block_tokens) * blocks,)](
+    walk_kernel[(ceil_div(n, block_tokens) * blocks,)](
         states, valid, partial, *sizes, R=pieces, BT=block_tokens, W=width, STAGES=settings.walk_stages,
         EXACT=states.dtype.itemsize == 2, num_warps=1, **shared,
     )  # fmt: skip
     maps = empty(4 * s - 3, *shape) if depth else partial
     counts = torch.zeros(2, s, dtype=torch.int64, device=states.device) if depth else partial
     weights = empty(2 * s - 1, *shape) if sums else partial
-    finish_kernel[(triton.cdiv(n, settings.finish_tokens), s + depth)](
+    finish_kernel[(ceil_div(n, settings.finish_tokens), s + depth)](
         states, valid, partial, maps, weights, counts, *sizes, F=blocks, BT=settings.finish_tokens, BD=64,
         WITH_WEIGHTS=sums, TINY=_TINY, HUGE=_HUGE, TINY_SPREAD=_TINY_SPREAD, ROUNDING=_ROUNDING, ALLOWED=_ALLOWED,
         num_warps=settings.finish_warps, **shared,
@@ -178,7 +178,7 @@ def _sum(
     count = torch.empty(2 * s - 1, groups, dtype=torch.int64, device=states.device)
     if groups:
         width = settings.sum_features
-        blocks = triton.cdiv(s, 4) * triton.cdiv(features, width)
+        blocks = ceil_div(s, 4) * ceil_div(features, width)
         pieces = cut(tokens, row_tokens, n, settings.programs // blocks, settings.span)
         parts = torch.empty(2 * s - 1, pieces.count, features, dtype=torch.float32, device=states.device)
         order, begin, first, group = (
@@ -189,8 +189,8 @@ def _sum(
             states, weights, order, begin, first, group, parts, *sizes, pieces.count, pieces.chunks, pieces.span,
             D=features, BD=width, ALIGN=align, DOCUMENTS=documents, STAGES=settings.sum_stages, num_warps=1,
         )  # fmt: skip
-        width = min(128, triton.next_power_of_2(features))
-        total_kernel[((2 * s - 1) * groups, triton.cdiv(features, width))](
+        width = min(128, power_of_2(features))
+        total_kernel[((2 * s - 1) * groups, ceil_div(features, width))](
             parts, weights, order, begin, first, unit_sum, count, n, row_tokens, groups, pieces.count, pieces.chunks,
             D=features, BD=width, BT=1024, DOCUMENTS=documents, num_warps=1,
         )  # fmt: skip

@@ -34,3 +34,24 @@ def find_groups(mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"]) -> Groups:
     documents = torch.unique(key[key >= 0])
     index = torch.where(key >= 0, torch.searchsorted(documents, key), -1)
     return Groups(index, documents.numel(), by_row=False)
+
+
+def group_members(groups: Groups) -> tuple[Tensor, Tensor]:
+    """Index of the tokens of each group in the flattened batch, and which entries are tokens: both `[G, n]`.
+
+    One group per row: the row itself, which needs no look at the mask's values. Documents: gathered, padded to the
+    longest.
+    """
+    rows, tokens = groups.index.shape
+    flat = groups.index.flatten()
+    everything = torch.arange(flat.numel(), device=flat.device)
+    if groups.by_row:
+        token = everything.view(rows, tokens)
+        return token, groups.index == torch.arange(rows, device=flat.device).unsqueeze(1)
+    order = everything[flat >= 0][flat[flat >= 0].argsort(stable=True)]
+    sizes = torch.bincount(flat[order], minlength=groups.count)
+    longest = int(sizes.max())
+    rank = torch.arange(order.numel(), device=flat.device) - (sizes.cumsum(0) - sizes)[flat[order]]
+    token = torch.zeros(groups.count, longest, dtype=torch.int64, device=flat.device)
+    token[flat[order], rank] = order
+    return token, torch.arange(longest, device=flat.device) < sizes.unsqueeze(1)

@@ -9,7 +9,7 @@ from torch import Tensor
 from repflow.triton_kernels import reference
 from repflow.triton_kernels._dispatch import use_triton
 from repflow.triton_kernels._inputs import check_mask, check_states
-from repflow.triton_kernels.groups import find_groups
+from repflow.triton_kernels.groups import find_groups, group_members
 
 Estimator = Literal["unbiased", "biased"]
 
@@ -88,13 +88,20 @@ def _hsic_statistics(name: str, states: Tensor, mask: Tensor | None, estimator: 
     check_states(name, states)
     if estimator not in get_args(Estimator):
         raise ValueError(f'`{name}`: expected estimator="unbiased" or "biased", got {estimator!r}')
-    groups = find_groups(check_mask(name, states, mask))
-    if groups.count and use_triton(states):
+    mask = check_mask(name, states, mask)
+    if use_triton(states):
         from repflow.triton_kernels import _hsic_kernels  # triton is not installed everywhere
 
-        if len(states) <= _hsic_kernels.MAX_STATES:
-            token, member = reference._group_members(groups)
+        token, member = _members(mask)
+        if len(states) <= _hsic_kernels.MAX_STATES and len(token):
             return HsicStatistics(
                 *_hsic_kernels.hsic_statistics(states, token, member, estimator, MIN_TOKENS[estimator])
             )
-    return HsicStatistics(*reference.hsic_statistics(states, groups, estimator, MIN_TOKENS[estimator]))
+    return HsicStatistics(*reference.hsic_statistics(states, find_groups(mask), estimator, MIN_TOKENS[estimator]))
+
+
+def _members(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """What `group_members` says of the groups of `mask`; where they are rows, without the groups: launches cost."""
+    if mask.dtype != torch.bool:
+        return group_members(find_groups(mask))
+    return torch.arange(mask.numel(), device=mask.device).view_as(mask), mask

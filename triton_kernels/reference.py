@@ -8,7 +8,7 @@ float64 copies small.
 import torch
 from torch import Tensor
 
-from repflow.triton_kernels.groups import Groups
+from repflow.triton_kernels.groups import Groups, group_members
 
 _CHUNK_BYTES = 4 * 2**20
 """Size of a float64 working chunk on a CPU: large enough to amortise the calls, small enough for its caches."""
@@ -82,7 +82,7 @@ def token_sums(states: Tensor, groups: Groups) -> tuple[Tensor, ...]:
 def hsic_statistics(states: Tensor, groups: Groups, estimator: str, min_tokens: int) -> tuple[Tensor, ...]:
     """Fields of `HsicStatistics`."""
     flat = states.flatten(1, 2)
-    token, member = _group_members(groups)
+    token, member = group_members(groups)
     finite = torch.stack([_finite_tokens(layer) for layer in flat])[:, token] & member
     alive = finite.any(-1)  # [S, G]
     member = member & (finite | ~alive.unsqueeze(-1)).all(0) & alive.any(0).unsqueeze(-1)
@@ -131,27 +131,6 @@ def _token_chunks(flat: Tensor) -> list[slice]:
     chunk = _CHUNK_BYTES if flat.device.type == "cpu" else _DEVICE_CHUNK_BYTES
     step = max(1, chunk // (8 * num_states * features))
     return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
-
-
-def _group_members(groups: Groups) -> tuple[Tensor, Tensor]:
-    """Index of the tokens of each group in the flattened batch, and which entries are tokens: both `[G, n]`.
-
-    One group per row: the row itself, which needs no look at the mask's values. Documents: gathered, padded to the
-    longest.
-    """
-    rows, tokens = groups.index.shape
-    flat = groups.index.flatten()
-    everything = torch.arange(flat.numel(), device=flat.device)
-    if groups.by_row:
-        token = everything.view(rows, tokens)
-        return token, groups.index == torch.arange(rows, device=flat.device).unsqueeze(1)
-    order = everything[flat >= 0][flat[flat >= 0].argsort(stable=True)]
-    sizes = torch.bincount(flat[order], minlength=groups.count)
-    longest = int(sizes.max())
-    rank = torch.arange(order.numel(), device=flat.device) - (sizes.cumsum(0) - sizes)[flat[order]]
-    token = torch.zeros(groups.count, longest, dtype=torch.int64, device=flat.device)
-    token[flat[order], rank] = order
-    return token, torch.arange(longest, device=flat.device) < sizes.unsqueeze(1)
 
 
 def _estimate(estimator: str, inner: Tensor, square: Tensor, n: Tensor) -> Tensor:
