@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 from _cases import Case
-from _measure import Product, Timing, compiled, largest_error
+from _measure import Product, Timing, compiled, graphed, largest_error
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
@@ -48,7 +48,10 @@ def calls(case: Case, states: Tensor, mask: Tensor | None) -> dict[str, Callable
     if case.compiled:
         traced = compiled(closed_forms, case, states.device)
         found["torch.compile"] = lambda: traced(states)
-    return {**found, "repflow": lambda: repflow("triton")}
+    found |= {"repflow": lambda: repflow("triton")}
+    if states.is_cuda:
+        found["repflow, CUDA graph"] = graphed(found["repflow"])
+    return found
 
 
 def obvious(states: Tensor) -> dict[str, Tensor]:

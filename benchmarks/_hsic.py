@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 from _cases import Case
-from _measure import Product, Timing, compiled, largest_error
+from _measure import Product, Timing, compiled, graphed, largest_error
 from _peers import peer_calls
 from torch import Tensor
 
@@ -43,7 +43,10 @@ def calls(case: Case, states: Tensor, mask: Tensor | None) -> dict[str, Callable
     if case.compiled:
         traced = compiled(closed_form, case, states.device)
         found["torch.compile"] = lambda: traced(states)
-    return {**found, **peer_calls(states), "repflow": lambda: repflow("triton")}
+    found |= {**peer_calls(states), "repflow": lambda: repflow("triton")}
+    if states.is_cuda:
+        found["repflow, CUDA graph"] = graphed(found["repflow"])
+    return found
 
 
 def closed_form(states: Tensor) -> Tensor:

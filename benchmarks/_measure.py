@@ -80,6 +80,23 @@ def largest_error(got: Tensor, want: Tensor, *, relative: bool = False) -> float
     return float((error / want.abs() if relative else error).nan_to_num(0.0, math.inf).max())
 
 
+def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
+    """`call` as a CUDA graph, captured at its first use: the time that the GPU needs once the launches are prepared."""
+    captured: list[tuple[torch.cuda.CUDAGraph, Any]] = []
+
+    def replay() -> Any:
+        if not captured:
+            call()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = call()
+            captured.append((graph, result))
+        captured[0][0].replay()
+        return captured[0][1]
+
+    return replay
+
+
 @lru_cache(maxsize=1)
 def compiled(function: Callable[..., Any], case: Case, device: torch.device) -> Callable[..., Any]:
     """`function` under torch.compile, once per case; without a GPU only traced, which needs no C++ compiler."""

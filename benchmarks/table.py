@@ -25,6 +25,7 @@ _NAMES = {
     "eager, closed forms": "PyTorch, closed forms",
     "torch.compile": "the same under torch.compile",
     "repflow": "**repflow**",
+    "repflow, CUDA graph": "**repflow** without its launches: replayed as a CUDA graph",
 }
 
 _DEPTH = (
@@ -149,18 +150,22 @@ def sizes_table(cases: list[Case]) -> str:
         "repflow, ms",
         "× floor",
         "extra MiB",
+        "as a CUDA graph, ms",
         "fastest other, ms",
     )
     body: list[tuple[str, ...]] = []
     for case in cases:
         first = one(case)
         label = first["quantity"] if first["input"] == "plain" else f"{first['quantity']}, {first['input']}"
-        others = {name: float(row["ms"]) for name, row in case.items() if name not in ("floor", "repflow")}
+        others = {
+            name: float(row["ms"]) for name, row in case.items() if name != "floor" and not name.startswith("repflow")
+        }
         best = min(others, key=others.__getitem__) if others else ""
         rival = f"{number(others[best])} ({_NAMES.get(best, best)})" if best else "–"
         shape = ", ".join(first[letter] for letter in "SBTD")
         ours = costs(case, "repflow")[1:] if "repflow" in case else ("–",) * 3
-        body.append((label, shape, first["dtype"], costs(case, "floor")[1], *ours, rival))
+        graph = costs(case, "repflow, CUDA graph")[1] if "repflow, CUDA graph" in case else "–"
+        body.append((label, shape, first["dtype"], costs(case, "floor")[1], *ours, graph, rival))
     return markdown(header, body)
 
 
