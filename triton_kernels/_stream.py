@@ -49,12 +49,23 @@ class Settings:
     """How many programs the sums are cut into, if there are tokens enough."""
 
 
-def choose_settings(dtype: torch.dtype, features: int) -> Settings:
-    """The settings of a shape class: the widest tile without features to spare."""
+def choose_settings(dtype: torch.dtype, features: int, align: int) -> Settings:
+    """The settings of a shape class: the widest tile without features to spare.
+
+    Args:
+        dtype: of the states.
+        features: D.
+        align: how many elements the places of tokens are multiples of.
+    """
     width = min(64 if dtype.itemsize == 2 else 32, max(8, power_of_2(features)))
-    pieces = next((r for r in (4, 2) if features % (r * width) == 0), 1)
     if features % width:
-        pieces = 4 if features >= 8 * width else 1
+        pieces = 4 if features >= 8 * width else 2
+    else:
+        pieces = next((r for r in (4, 2) if features % (r * width) == 0), 1)
+    # A thread must hold two features of a token at least. The product of a single one would be contracted with the sum
+    # over the warp, every thread would round its own product, and which of them is stored is nobody's choice.
+    if align == 1:
+        pieces = max(pieces, 2)
     return Settings(walk=(pieces, 4, width), sum_features=min(256, max(32, power_of_2(features))))
 
 
@@ -127,9 +138,9 @@ def _stream(
     states: Tensor, tokens: Tokens, depth: bool, sums: bool, settings: Settings | None
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     num_states, rows, row_tokens, features = states.shape
-    settings = choose_settings(states.dtype, features) if settings is None else settings
     strides = states.stride()[:3]
     align = math.gcd(16 // states.element_size(), *strides)
+    settings = choose_settings(states.dtype, features, align) if settings is None else settings
     sizes = (num_states, rows * row_tokens, row_tokens, *(stride // align for stride in strides))
     maps, counts, weights = _walk(states, tokens, sizes, align, depth, sums, settings)
     fields: tuple[Tensor, ...] = ()

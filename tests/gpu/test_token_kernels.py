@@ -38,6 +38,9 @@ def break_some(states: torch.Tensor) -> None:
         ((5, 3, 63, 1000), torch.float32),
         ((9, 2, 65, 2560), torch.float16),
         ((200, 1, 7, 100), torch.float32),
+        ((5, 3, 65, 63), torch.float32),
+        ((6, 2, 65, 63), torch.bfloat16),
+        ((2, 2, 65, 5), torch.float16),
     ],
     ids=str,
 )
