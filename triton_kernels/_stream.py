@@ -55,7 +55,7 @@ def choose_settings(dtype: torch.dtype, features: int, align: int) -> Settings:
     Args:
         dtype: of the states.
         features: D.
-        align: how many elements the places of tokens are multiples of.
+        align: how many elements the addresses of tokens are multiples of.
     """
     width = min(64 if dtype.itemsize == 2 else 32, max(8, power_of_2(features)))
     if features % width:
@@ -140,7 +140,8 @@ def _stream(
     num_states, rows, row_tokens, features = states.shape
     strides = states.stride()[:3]
     align = math.gcd(16 // states.element_size(), *strides)
-    settings = choose_settings(states.dtype, features, align) if settings is None else settings
+    if settings is None:
+        settings = choose_settings(states.dtype, features, 1 if states.data_ptr() % 16 else align)
     sizes = (num_states, rows * row_tokens, row_tokens, *(stride // align for stride in strides))
     maps, counts, weights = _walk(states, tokens, sizes, align, depth, sums, settings)
     fields: tuple[Tensor, ...] = ()

@@ -5,6 +5,7 @@ import torch
 
 from repflow.triton_kernels import depth_statistics
 from repflow.triton_kernels._dispatch import force, use_triton
+from repflow.triton_kernels._stream import choose_settings
 from tests.triton_kernels.close import assert_depth
 
 SINGLE = ("float16", "bfloat16", "float32")
@@ -42,6 +43,16 @@ def test_small_turns_of_long_and_short_vectors(scale, turn, stretch):
     second = stretch * (first + turn * torch.randn(1, 4, 100, generator=generator))
     states = torch.stack([first, second, first]) * scale
     assert_depth(*both(states, None), states)
+
+
+@pytest.mark.parametrize("align", [1, 2, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_thread_holds_two_features_of_a_token(dtype, align):
+    """Or else its product would be contracted with the sum over the warp, and threads would differ in the last bit."""
+    vector = min(align, 16 // dtype.itemsize)
+    for features in (*range(1, 300), 768, 1000, 2500, 2560, 4096):
+        pieces, _, width = choose_settings(dtype, features, vector).walk
+        assert pieces * width // min(32, width // min(vector, width)) >= 2, features
 
 
 def test_the_same_bits_every_time(cases):
