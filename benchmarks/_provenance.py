@@ -81,10 +81,12 @@ def _driver() -> str:
 
 
 def _commit() -> str:
-    """The commit, with "-dirty" if the tree differs from it; without a repository, what REPFLOW_COMMIT says."""
+    """What REPFLOW_COMMIT says, for a copy of the tree; or the commit, with "-dirty" if the tree differs from it."""
+    if named := os.environ.get("REPFLOW_COMMIT"):
+        return named
     commit = _run("git", "rev-parse", "--short=12", "HEAD") if (ROOT / ".git").exists() else None
     if commit is None:
-        return os.environ.get("REPFLOW_COMMIT", "unknown")
+        return "unknown"
     # Results of a benchmark that ran just before, and the table made from them, are not what is measured.
     changed = _run("git", "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results", ":(exclude)README.md")
     return commit if changed == "" else f"{commit}-dirty"
