@@ -41,7 +41,7 @@ def unread_decays(snapshot: Snapshot, sums: dict[str, Tensor], run: RunInfo) -> 
         return None
     return (
         f"read no Δ on step {snapshot.step} in {len(unread)} of {len(run.ssm_blocks)} state-space blocks, the first "
-        f"'{unread[0]}': their ssm_decay and ssm_memory are NaN. Expected in_proj (Mamba-2) or x_proj (Mamba) to run as a "
-        "module: not so in a compiled model, in fused kernels of Mamba, and in mixers without one, such as Zamba's; "
+        f"'{unread[0]}': their ssm_decay and ssm_memory are NaN. Expected in_proj (Mamba-2) or x_proj (Mamba) to run "
+        "as a module: not so in a compiled model, in fused kernels of Mamba, and in mixers without one, as Zamba's; "
         "use_fast_path=False lets it run in mamba_ssm's Mamba, at the price of speed"
     )

@@ -30,7 +30,7 @@ _SHIFT = 20
 _FIRST = 111 * _BINS_PER_OCTAVE  # of 2⁻¹⁶, whose biased exponent is 127 − 16
 
 
-def rate_edges() -> Float64[Tensor, " bins+1"]:
+def rate_edges() -> Float64[Tensor, " edges"]:
     """Edges of the bins, ascending. Bin b holds rates from edge b to below edge b + 1. Unit: 1/token."""
     bins = torch.arange(RATE_BINS + 1, device="cpu")
     octave = bins.div(_BINS_PER_OCTAVE, rounding_mode="floor").double()
