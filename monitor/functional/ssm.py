@@ -54,8 +54,8 @@ def count_rates(
     finite = fastest < inf  # false for NaN, too
     counted = finite if valid is None else finite & valid
     nonfinite = (~finite if valid is None else valid & ~finite).sum()
-    tokens = _count(torch.where(counted, _bins(slowest), -1))
-    return tokens, _count(torch.where(counted.unsqueeze(-1), _bins(rates), -1)), nonfinite
+    tokens = _count(torch.where(counted, _bins(slowest), 0))
+    return tokens, _count(torch.where(counted.unsqueeze(-1), _bins(rates), 0)), nonfinite
 
 
 def memory_quantiles(
@@ -108,11 +108,12 @@ def ssm_values(sums: Mapping[str, Tensor], blocks: Sequence[int], transitions: i
 
 
 def _bins(rates: Float32[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-    return ((rates.view(torch.int32) >> _SHIFT) - _FIRST).clamp_(0, RATE_BINS - 1)
+    """Numbers of the bins, from `_FIRST` on."""
+    return (rates.view(torch.int32) >> _SHIFT).clamp_(_FIRST, _FIRST + RATE_BINS - 1)
 
 
 def _count(bins: Int[Tensor, "*shape"]) -> Int[Tensor, " bins"]:
-    """How often each bin occurs; −1 is not counted."""
+    """How often each bin occurs; 0 is none."""
     if bins.device.type == "cuda":
-        return torch.histc(bins, RATE_BINS, 0, RATE_BINS)  # bincount would wait for the largest
-    return torch.bincount(bins.flatten() + 1, minlength=RATE_BINS + 1)[1:]
+        return torch.histc(bins, RATE_BINS, _FIRST, _FIRST + RATE_BINS)  # bincount would wait for the largest
+    return torch.bincount(bins.flatten().sub(_FIRST - 1).clamp_(min=0), minlength=RATE_BINS + 1)[1:]
