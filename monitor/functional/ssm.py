@@ -64,29 +64,20 @@ def memory_quantiles(
     """Quantiles of the memory length τ = 1/r of what was counted; NaN where nothing was. Unit: tokens.
 
     The quantile at level p is the smallest τ that a share of at least p does not exceed (`inverted_cdf` in NumPy). Its
-    bin is exact; within the bin τ is interpolated geometrically, so that it is off by less than a factor of 9/8, and
-    lies between `SHORTEST` and `LONGEST`.
+    bin is exact; within the bin τ is interpolated, so that it is off by less than a factor of 9/8, and lies between
+    `SHORTEST` and `LONGEST`.
     """
-    lengths = (1 / rate_edges()).flip(0)
-    ascending = counts.double().flip(-1)  # in τ
-    reached = ascending.cumsum(-1)
-    total = reached[..., -1:]
-    target = total * torch.tensor(levels, dtype=torch.float64, device="cpu")
-    index = torch.searchsorted(reached, target)
-    inside = ascending.gather(-1, index)
-    share = 1 - (reached.gather(-1, index) - target) / inside
-    low, high = lengths[index], lengths[index + 1]
-    return torch.where(total > 0, low * (high / low) ** share, torch.nan)
+    return _quantiles(counts, (1 / rate_edges()).flip(0), levels)
 
 
 def decay_quantiles(
     counts: Float[Tensor, "*batch bins"], levels: Sequence[float] = QUANTILES
 ) -> Float64[Tensor, "*batch Q"]:
-    """Quantiles of the decay ρ = exp(−1/τ) of what was counted, as `memory_quantiles`.
+    """Quantiles of the decay ρ = exp(−r) of what was counted, defined as in `memory_quantiles`.
 
     −ln ρ is off by less than a factor of 9/8: ρ by less than 0.05, and the closer to 1 the less.
     """
-    return torch.exp(-1 / memory_quantiles(counts, levels))
+    return _quantiles(counts, torch.exp(-rate_edges()).flip(0), levels)
 
 
 def ssm_values(sums: Mapping[str, Tensor], blocks: Sequence[int], transitions: int) -> dict[str, Tensor]:
@@ -105,6 +96,24 @@ def ssm_values(sums: Mapping[str, Tensor], blocks: Sequence[int], transitions: i
         absent = torch.nan if rows.is_floating_point() else 0
         values[name] = rows.new_full(shape, absent).index_copy(dim, index, rows)
     return values
+
+
+def _quantiles(
+    counts: Float[Tensor, "*batch bins"], edges: Float64[Tensor, " edges"], levels: Sequence[float]
+) -> Float64[Tensor, "*batch Q"]:
+    """Quantiles of a quantity that falls with the rate, whose ascending `edges` are given.
+
+    Nothing but sums, products and quotients are made of the counts: the same bits in any batch.
+    """
+    ascending = counts.double().flip(-1)
+    reached = ascending.cumsum(-1)
+    total = reached[..., -1:]
+    target = total * torch.tensor(levels, dtype=torch.float64, device="cpu")
+    index = torch.searchsorted(reached, target)
+    inside = ascending.gather(-1, index)
+    share = 1 - (reached.gather(-1, index) - target) / inside
+    low, high = edges[index], edges[index + 1]
+    return torch.where(total > 0, low + (high - low) * share, torch.nan)
 
 
 def _bins(rates: Float32[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:

@@ -1,6 +1,9 @@
 """Decay and memory length are those of the scan that ran, of the tokens that count, in state-space blocks alone."""
 
 import copy
+import json
+import sqlite3
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -8,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from repflow.monitor import Monitor, MonitorConfig, Snapshot, open_run, ssm
+from repflow.monitor import Monitor, MonitorConfig, RunInfo, Snapshot, open_run, ssm
 from repflow.monitor.functional.ssm import LONGEST, QUANTILES, SHORTEST
 from repflow.monitor.sinks import RunFileSink
 from repflow.monitor.sinks._keys import scalar_items
@@ -26,7 +29,7 @@ def right_padding() -> Tensor:
     return mask
 
 
-def train(model, ids: Tensor = IDS, mask: Tensor | None = None) -> Tensor:
+def train(model: Any, ids: Tensor = IDS, mask: Tensor | None = None) -> Tensor:
     loss = model(input_ids=ids, attention_mask=mask, labels=ids).loss
     loss.backward()
     return loss.detach()
@@ -62,7 +65,8 @@ def assert_quantiles(snapshot: Snapshot, rates: dict[int, Tensor]) -> None:
 @pytest.mark.parametrize("family", MODELS)
 def test_rates_are_those_of_the_scan(family: str, checkpointing: bool, monkeypatch) -> None:
     """Every kind of mixer, with padding, and once only where checkpointing runs each block again in backward."""
-    model, blocks = build(family), MODELS[family][1]
+    model: Any = build(family)
+    blocks = MODELS[family][1]
     if checkpointing:
         model.gradient_checkpointing_enable()
     scans, read = Scans(model, monkeypatch), []
@@ -245,8 +249,9 @@ def test_run_file_windows_and_keys(tmp_path) -> None:
     """Any window is that of its summed counts; an attempt without the metric adds nothing to them."""
     path, model = tmp_path / "run.db", build("Bamba")
     snapshots: list[Snapshot] = []
-    for metrics, steps in ((("adjacent",), [0]), (("adjacent", "ssm"), [1, 2])):
-        monitor = Monitor(model, MonitorConfig(**EVERY_STEP, metrics=metrics), sinks=[RunFileSink(path)], name="run")
+    first, second = MonitorConfig(**EVERY_STEP, metrics=("adjacent",)), MonitorConfig(**EVERY_STEP)
+    for config, steps, version in ((first, [0], 1), (second, [1, 2], 2), (first, [3], 2)):
+        monitor = Monitor(model, config, sinks=[RunFileSink(path)], name="run")
         for step in steps:
             with monitor.step(step):
                 train(model, torch.randint(1, 64, (2, 9 + step)))
@@ -254,18 +259,20 @@ def test_run_file_windows_and_keys(tmp_path) -> None:
             assert monitor.latest is not None
             snapshots.append(monitor.latest)
         monitor.close()
+        with closing(sqlite3.connect(path)) as db:  # what holds no rates is of a format that older versions read
+            assert db.execute("PRAGMA user_version").fetchone() == (version,)
     run = open_run(path)
     assert run.sizes["quantile"] == len(QUANTILES) and run["quantile"].values.tolist() == list(QUANTILES)
     assert run.ssm_memory.dims == ("step", "transition", "quantile") and run.ssm_nonfinite.dtype == np.int64
-    assert np.isnan(run.ssm_memory[0]).all()
+    assert np.isnan(run.ssm_memory[[0, 3]]).all()
     for row in (1, 2):
         for name in ("ssm_decay", "ssm_memory", "ssm_nonfinite"):
             np.testing.assert_array_equal(run[name][row], getattr(snapshots[row], name))
     merged = SumLayout(5, (0, 2)).zeros()
-    for snapshot in snapshots[1:]:
+    for snapshot in snapshots[1:3]:
         SumLayout(5, (0, 2)).merge_(merged, snapshot.sums)
     whole = Snapshot.from_sums(merged, num_states=5, ssm_blocks=(0, 2), step=2, stream="", overhead_ms=0.0)
-    np.testing.assert_array_equal(open_run(path, window=3).ssm_memory[-1], whole.ssm_memory)
+    np.testing.assert_array_equal(open_run(path, window=4).ssm_memory[0], whole.ssm_memory)
     assert snapshots[2].ssm_memory is not None
     assert snapshots[2].to_dict()["ssm_memory"][2] == snapshots[2].ssm_memory[2].tolist()
     items = scalar_items(snapshots[2])
@@ -273,3 +280,11 @@ def test_run_file_windows_and_keys(tmp_path) -> None:
         f"repflow/ssm_{name}/transition_0{block}" for name in ("decay", "memory") for block in (0, 2)
     ]
     assert items["repflow/ssm_memory/transition_02"] == snapshots[2].ssm_memory[2, 2].item()
+
+
+def test_the_description_of_an_older_run_file() -> None:
+    run = Monitor(build("Bamba"), MonitorConfig(**EVERY_STEP)).run
+    assert run.ssm_blocks == RunInfo.from_json(run.to_json()).ssm_blocks == (0, 2)
+    older = json.loads(run.to_json())
+    del older["ssm_blocks"]
+    assert RunInfo.from_json(json.dumps(older)).layout == SumLayout(5)
