@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from repflow.monitor import Monitor, MonitorConfig, RunInfo, Snapshot, open_run, ssm
 from repflow.monitor.functional.ssm import LONGEST, QUANTILES, SHORTEST
@@ -288,3 +288,40 @@ def test_the_description_of_an_older_run_file() -> None:
     older = json.loads(run.to_json())
     del older["ssm_blocks"]
     assert RunInfo.from_json(json.dumps(older)).layout == SumLayout(5)
+
+
+class FlatMixer(nn.Module):
+    """As in mamba_ssm: x_proj sees a matrix of all tokens, and with its fast path nothing at all."""
+
+    def __init__(self, fast: bool) -> None:
+        super().__init__()
+        self.x_proj, self.dt_proj = nn.Linear(16, 4 + 2 * 3, bias=False), nn.Linear(4, 16)
+        self.A_log, self.fast = nn.Parameter(torch.randn(16, 3)), fast
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        low_rank = (flat @ self.x_proj.weight.T if self.fast else self.x_proj(flat))[:, :4]
+        self.delta = nn.functional.softplus(self.dt_proj(low_rank)).detach()
+        return x + self.delta.view_as(x)
+
+
+def test_mixers_of_mamba_ssm_and_their_fast_path() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([FlatMixer(fast=False), FlatMixer(fast=True)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    model, x = Model(), torch.randn(3, 5, 16, requires_grad=True)
+    monitor = Monitor(model, MonitorConfig(**EVERY_STEP))
+    with monitor.step(0):
+        model(x).sum().backward()
+    with pytest.warns(RuntimeWarning, match=r"in 1 of 2 state-space blocks, the first 'blocks.1'.*use_fast_path=False"):
+        monitor.flush()
+    mixer: Any = model.blocks[0]
+    assert monitor.latest is not None
+    assert_quantiles(monitor.latest, {0: (mixer.delta * mixer.A_log.exp().amin(1)).double().detach()})
