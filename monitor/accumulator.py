@@ -11,6 +11,7 @@ from repflow.monitor.functional.inter_token import mean_pair_cosine
 from repflow.monitor.positions import every_position, group_sizes, token_positions, without_first
 from repflow.monitor.sampling import select
 from repflow.monitor.snapshot import POSITION_BINS, SumLayout
+from repflow.monitor.ssm import DecayCounts
 from repflow.triton_kernels import DepthStatistics, TokenSums, depth_and_token_sums, depth_statistics, hsic_statistics
 
 _SUM_BYTES = 32 * 2**20
@@ -63,6 +64,11 @@ class Accumulator:
                 except Exception as error:
                     self._failed("cka", error)
         self.forwards += 1
+
+    @torch.no_grad()
+    def add_decays(self, counts: DecayCounts) -> None:
+        """Add what one micro-batch counted of its state-space blocks."""
+        self._add(ssm_decay_bins=counts.decay, ssm_memory_bins=counts.memory, ssm_nonfinite=counts.nonfinite)
 
     def _mask_and_bins(self, forward: CapturedForward) -> tuple[Tensor | None, Tensor]:
         """Valid tokens (None: all) and relative positions of the captured part, both from the whole micro-batch."""

@@ -2,7 +2,7 @@
 
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -93,7 +93,7 @@ class _Entry:
 
 
 @dataclass(eq=False)
-class _Forward:
+class Recording:
     """A forward that is being recorded."""
 
     view: Tensor
@@ -105,6 +105,13 @@ class _Forward:
     flat_tokens: bool
     mask: Tensor | None
     filled: int = 0
+    """States so far: block `filled` - 1 is running."""
+
+    def selection(self, device: torch.device) -> Selection:
+        """What is kept of the forward, on `device`."""
+        if device not in self.selections:
+            self.selections[device] = self.selections[self.view.device].to(device)
+        return self.selections[device]
 
 
 @dataclass(eq=False)
@@ -144,10 +151,12 @@ class Capture:
     """Called at the end of each recorded forward, inside the last hook."""
     run: Callable[..., None]
     """Calls every hook, its first argument, with the others: must let no exception out."""
+    taps: Callable[[], Iterable[tuple[Module, Callable[[Recording, Tensor], None]]]] = tuple
+    """Modules inside of blocks, and what to call with the recorded forward and what the module returned."""
     ignored: Counter[str] = field(default_factory=Counter)
     _handles: list[RemovableHandle] = field(default_factory=list)
     _entry: _Entry | None = None
-    _forward: _Forward | None = None
+    _forward: Recording | None = None
     _mask: Tensor | None = None
 
     def arm(self, mask: Tensor | None) -> None:
@@ -168,6 +177,8 @@ class Capture:
         if self.final_norm and self.stream.final_norm is not None:
             hook = self._hook(self._leave, [len(self.stream) - 1])
             self._handles.append(self.stream.final_norm.register_forward_hook(hook))
+        for module, read in self.taps():
+            self._handles.append(module.register_forward_hook(self._hook(self._tap, read)))
 
     def disarm(self) -> None:
         """Remove the hooks. A forward that is under way is dropped."""
@@ -193,9 +204,7 @@ class Capture:
 
     def _begin(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The first block is called: decide whether to record, and take h^(0)."""
-        if _in_backward():
-            return
-        if self._runs_again(module):
+        if _in_backward() or self._runs_again(module):
             return
         entry, self._entry = self._entry or _Entry(0, torch.is_grad_enabled(), module.training), None
         if self._forward is not None:
@@ -230,10 +239,14 @@ class Capture:
         self._store(forward, self.stream.blocks[index].reader.exit(output).detach())
         if forward.filled == len(self.stream) + 1:
             self._forward = None
-            selection = forward.selections[forward.view.device]
+            selection = forward.selection(forward.view.device)
             self.on_forward(CapturedForward(forward.view, forward.mask, selection, forward.shape[:2]))
 
-    def _start(self, state: Tensor, masks: CallMasks) -> _Forward | None:
+    def _tap(self, read: Callable[..., None], module: Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._forward is not None and not _in_backward():
+            read(self._forward, output)
+
+    def _start(self, state: Tensor, masks: CallMasks) -> Recording | None:
         flat_tokens = state.ndim == 2
         if flat_tokens:
             state = state.unsqueeze(0)
@@ -250,9 +263,9 @@ class Capture:
         mask = token_groups(masks, rows, tokens)
         selection = self.choose((rows, tokens), state).to(state.device)
         view = self.buffer.view((len(self.stream) + 1, *selection.shape, features), state)
-        return _Forward(view, view.unbind(), {state.device: selection}, (rows, tokens, features), flat_tokens, mask)
+        return Recording(view, view.unbind(), {state.device: selection}, (rows, tokens, features), flat_tokens, mask)
 
-    def _store(self, forward: _Forward, state: Tensor) -> None:
+    def _store(self, forward: Recording, state: Tensor) -> None:
         if forward.flat_tokens:
             state = state.unsqueeze(0)
         if state.shape != forward.shape:
@@ -261,14 +274,12 @@ class Capture:
                 f"'{self._name(forward.filled - 1)}'; repflow follows a stream of one width: "
                 "pass the part of the model that has it, blocks=[...]"
             )
-        if state.device not in forward.selections:
-            forward.selections[state.device] = forward.selections[forward.view.device].to(state.device)
         if state.dtype != forward.view.dtype and not self._widen(forward, state.dtype):
             return
-        forward.selections[state.device].copy_into(forward.states[forward.filled], state)
+        forward.selection(state.device).copy_into(forward.states[forward.filled], state)
         forward.filled += 1
 
-    def _widen(self, forward: _Forward, dtype: torch.dtype) -> bool:
+    def _widen(self, forward: Recording, dtype: torch.dtype) -> bool:
         """Make room for states of `dtype` too; False, and the forward is dropped, if the buffer cannot hold them."""
         dtype = torch.promote_types(forward.view.dtype, dtype)
         if dtype != forward.view.dtype:

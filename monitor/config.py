@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from repflow.triton_kernels.hsic import Estimator
 
-Metric = Literal["inter_token", "adjacent", "variation", "cka"]
+Metric = Literal["inter_token", "adjacent", "variation", "cka", "ssm"]
 StatesConvention = Literal["residual", "hf"]
 
 
@@ -33,7 +33,10 @@ class MonitorConfig:
     skip_first_tokens: int = 0
     """Leave out the first tokens of every sequence (attention sinks) from all statistics. Unit: tokens."""
     metrics: tuple[Metric, ...] = get_args(Metric)
-    """Which families to compute. Norms and the counts of non-finite and zero tokens always are."""
+    """Which families to compute. Norms and the counts of non-finite and zero tokens always are.
+
+    `ssm`, decay and memory length, is of state-space blocks only: a model without any has no such values.
+    """
     states: StatesConvention = "residual"
     """`residual`: h^(L) is the output of the last block.
 

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +28,19 @@ class MeasuredStep:
     events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
     """Before and after each piece of the monitor's work on a GPU."""
 
+    @contextmanager
+    def timed(self, device: torch.device) -> Iterator[None]:
+        """Count what runs inside on `device`, if that is a GPU."""
+        if device.type != "cuda":
+            yield
+            return
+        with on_device(device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+        self.events.append((start, end))
+
     def overhead_ms(self) -> float:
         """Time spent on the host or on the device, whichever is more: they overlap. Only after the results arrived."""
         return max(self.host_ms, sum(start.elapsed_time(end) for start, end in self.events))
@@ -37,6 +50,7 @@ class MeasuredStep:
         return Snapshot.from_sums(
             values[: layout.size],
             num_states=layout.num_states,
+            ssm_blocks=layout.ssm_blocks,
             step=self.number,
             stream=stream,
             overhead_ms=self.overhead_ms() + extra_ms,

@@ -1,5 +1,6 @@
 """`Monitor`: joins stream, capture, statistics and sinks, and keeps their troubles away from the training run."""
 
+import functools
 import operator
 import time
 from collections import Counter
@@ -14,13 +15,14 @@ from torch.nn import Module
 from repflow.monitor.accumulator import Accumulator
 from repflow.monitor.capture import Capture, CaptureBuffer, CapturedForward
 from repflow.monitor.config import Metric, MonitorConfig
-from repflow.monitor.delivery import Delivery, MeasuredStep, on_device
-from repflow.monitor.notices import misread_mask, short_sequences
+from repflow.monitor.delivery import Delivery, MeasuredStep
+from repflow.monitor.notices import misread_mask, short_sequences, unread_decays
 from repflow.monitor.residual_stream import ResidualStream, find_residual_stream
 from repflow.monitor.run_info import describe_run
 from repflow.monitor.sampling import Schedule, Selection, select
 from repflow.monitor.sinks import AbstractSink, FanOutSink
-from repflow.monitor.snapshot import RunInfo, Snapshot, SumLayout
+from repflow.monitor.snapshot import RunInfo, Snapshot
+from repflow.monitor.ssm import DecayTaps
 from repflow.monitor.warning import warn
 
 
@@ -83,7 +85,7 @@ class Monitor:
         self._is_open = False
         self._ignored: Counter[str] = Counter()  # forwards of the step that were left out, by reason
         self._delivery = Delivery()
-        self._layout = SumLayout(len(self.stream) + 1)
+        self._layout = self.run.layout
         self._late_ms = 0.0  # spent between sampled steps: counted with the next one
         self._capture = Capture(
             stream=self.stream,
@@ -93,6 +95,14 @@ class Monitor:
             on_forward=self._add,
             run=self._run,
         )
+        self._decays = DecayTaps(
+            self.stream,
+            skip_first=self.config.skip_first_tokens,
+            failed=functools.partial(self._drop_metric, "ssm"),
+            timed=lambda device: self._current().timed(device),
+        )
+        if "ssm" in self._metrics:
+            self._capture.taps = self._decays.hooks
 
     @property
     def enabled(self) -> bool:
@@ -221,15 +231,10 @@ class Monitor:
         step, device = self._current(), forward.states.device
         if step.sums is None:
             step.sums = Accumulator(self.config, self._layout, step.number, device, self._drop_metric)
-        if device.type != "cuda":
+        with step.timed(device):
             step.sums.add(forward, self._metrics)
-            return
-        with on_device(device):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            step.sums.add(forward, self._metrics)
-            end.record()
-        step.events.append((start, end))
+            if (decays := self._decays.take(forward)) is not None:
+                step.sums.add_decays(decays)
 
     def _current(self) -> MeasuredStep:
         if self._step is None:
@@ -271,6 +276,8 @@ class Monitor:
             self._late_ms = 0.0
             if short := short_sequences(self.latest, sums, self.config.cka_estimator):
                 self._warn(short, key="short sequences")
+            if "ssm" in self._metrics and (unread := unread_decays(self.latest, sums, self.run)):
+                self._warn(unread, key="unread decays")
             if not self._started:
                 self._started = True
                 self._sink.start(self.run)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from repflow.monitor.snapshot import Snapshot
+from repflow.monitor.snapshot import RunInfo, Snapshot
 from repflow.triton_kernels.hsic import MIN_TOKENS, Estimator
 
 
@@ -28,4 +28,20 @@ def short_sequences(snapshot: Snapshot, sums: dict[str, Tensor], estimator: Esti
     return (
         f"expected sequences of at least {needed} valid tokens, but none of {snapshot.sequences} on step "
         f"{snapshot.step} is that long: {missing} NaN; look at the batch, its mask and skip_first_tokens"
+    )
+
+
+def unread_decays(snapshot: Snapshot, sums: dict[str, Tensor], run: RunInfo) -> str | None:
+    """State-space blocks of which no Δ was read."""
+    counted = sums["ssm_decay_bins"].sum(-1) + sums["ssm_nonfinite"]
+    unread = [
+        run.blocks[block].name for block, count in zip(run.ssm_blocks, counted.tolist(), strict=True) if not count
+    ]
+    if not unread or not snapshot.tokens:
+        return None
+    return (
+        f"read no Δ on step {snapshot.step} in {len(unread)} of {len(run.ssm_blocks)} state-space blocks, the first "
+        f"'{unread[0]}': their ssm_decay and ssm_memory are NaN. Expected in_proj (Mamba-2) or x_proj (Mamba) to run "
+        "as a module: not so in a compiled model, in fused kernels of Mamba, and in mixers without one, as Zamba's; "
+        "use_fast_path=False lets it run in mamba_ssm's Mamba, at the price of speed"
     )

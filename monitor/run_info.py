@@ -13,6 +13,7 @@ from repflow.monitor.config import MonitorConfig
 from repflow.monitor.masks import MaskReader
 from repflow.monitor.residual_stream import ResidualStream
 from repflow.monitor.snapshot import BlockInfo, RunInfo
+from repflow.monitor.ssm import ssm_blocks
 
 
 def describe_run(model: Module, stream: ResidualStream, config: MonitorConfig, name: str | None) -> RunInfo:
@@ -31,5 +32,6 @@ def describe_run(model: Module, stream: ResidualStream, config: MonitorConfig, n
         model_class=model_class,
         parameters=sum(p.numel() for p in model.parameters() if not isinstance(p, UninitializedParameter)),
         config=config.to_dict(),
+        ssm_blocks=ssm_blocks(stream) if "ssm" in config.metrics else (),
         versions={"repflow": repflow.__version__, "python": platform.python_version(), **loaded},
     )

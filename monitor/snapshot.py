@@ -18,18 +18,22 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from repflow.monitor.functional.cka import cka_from_hsic
+from repflow.monitor.functional.ssm import QUANTILES, RATE_BINS, ssm_values
 
 POSITION_BINS = 64
+SSM_QUANTILES = QUANTILES
 
 
 @dataclass(frozen=True)
 class SumLayout:
     """Where each sum of a step lies in the flat vector, for a stream of `num_states` states (S = L + 1).
 
-    All entries are sums, except the last ones, named in `MAXIMA`, which are merged by maximum.
+    `ssm_blocks` are the indices of the M blocks whose decay rates are counted. All entries are sums, except the last
+    ones, named in `MAXIMA`, which are merged by maximum.
     """
 
     num_states: int
+    ssm_blocks: tuple[int, ...] = ()
 
     MAXIMA: ClassVar[tuple[str, ...]] = ("fourth_moment_max", "mask_max")
 
@@ -37,7 +41,7 @@ class SumLayout:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every sum, in the order of the flat vector."""
         states = self.num_states
-        transitions, interior = states - 1, max(states - 2, 0)
+        transitions, interior, ssm = states - 1, max(states - 2, 0), len(self.ssm_blocks)
         return {
             "tokens": (),  # valid tokens measured
             "sequences": (),  # groups with at least one valid token
@@ -65,6 +69,9 @@ class SumLayout:
             "fourth_moment": (states,),  # Σ over the tokens of CKA of ‖x_c‖⁴
             "nonfinite": (states,),  # valid tokens with a NaN or an infinity
             "zero": (states,),  # valid tokens that are the zero vector
+            "ssm_decay_bins": (ssm, RATE_BINS),  # tokens by −ln ρ_t
+            "ssm_memory_bins": (ssm, RATE_BINS),  # tokens × channels by 1/τ
+            "ssm_nonfinite": (ssm,),  # valid tokens with a Δ that is a NaN or an infinity
             "fourth_moment_max": (states,),  # the largest ‖x_c‖⁴ of one token
             "mask_max": (),  # the largest value of a mask that was read as padding only
         }
@@ -117,7 +124,7 @@ class SumLayout:
             "adjacent_tokens": _ratio(part["adjacent_tokens"], part["adjacent_tokens_count"]),
             "nonfinite": part["nonfinite"].long(),
             "zero": part["zero"].long(),
-        }
+        } | (ssm_values(part, self.ssm_blocks, self.num_states - 1) if self.ssm_blocks else {})
 
     def merge_(self, into: Float64[Tensor, " size"], other: Float64[Tensor, " size"]) -> None:
         """Add the sums of `other` to `into`, in place."""
@@ -154,10 +161,18 @@ class RunInfo:
     versions: Mapping[str, str] = field(default_factory=dict)
     """Versions of repflow, torch, python and what else is installed."""
 
+    ssm_blocks: tuple[int, ...] = ()
+    """Indices of the blocks whose decay rates are counted; none unless the metric `ssm` is on."""
+
     @property
     def num_states(self) -> int:
         """S = L + 1."""
         return len(self.blocks) + 1
+
+    @property
+    def layout(self) -> SumLayout:
+        """Of the sums of this run's snapshots."""
+        return SumLayout(self.num_states, self.ssm_blocks)
 
     def to_json(self) -> str:
         """As one JSON object."""
@@ -177,7 +192,7 @@ class RunInfo:
         try:
             raw = json.loads(text)
             blocks = tuple(BlockInfo(**known(BlockInfo, block)) for block in raw["blocks"])
-            return cls(**{**known(cls, raw), "blocks": blocks})
+            return cls(**{**known(cls, raw), "blocks": blocks, "ssm_blocks": tuple(raw.get("ssm_blocks", ()))})
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"`RunInfo.from_json`: expected the description of a run, got one that lacks a key: {error}"
@@ -230,12 +245,21 @@ class Snapshot:
     """Valid tokens with a NaN or an infinity."""
     zero: Int64[Tensor, " S"]
     """Valid tokens that are the zero vector."""
+    ssm_blocks: tuple[int, ...] = ()
+    """Indices of the state-space blocks, to which the next three belong; they are None where there is none."""
+    ssm_decay: Float64[Tensor, "S-1 Q"] | None = None
+    """Decay ρ_t = ‖Ā_t‖₂ of a state-space block, that of its slowest channel: quantiles over tokens, at the levels
+    `SSM_QUANTILES`. NaN for other blocks."""
+    ssm_memory: Float64[Tensor, "S-1 Q"] | None = None
+    """Memory length τ = −1/ln ρ of its channels (heads in Mamba-2): quantiles over tokens × channels. Unit: tokens."""
+    ssm_nonfinite: Int64[Tensor, " S-1"] | None = None
+    """Valid tokens with a Δ that is a NaN or an infinity: left out of the two above."""
     overhead_ms: float
     """Milliseconds that the monitor itself spent on this step."""
     scalars: Mapping[str, float] = field(default_factory=dict)
     """What the training loop logged with the step, such as `loss`."""
     sums: Float64[Tensor, " size"]
-    """The flat vector of sums behind the values, laid out by `SumLayout`."""
+    """The flat vector of sums behind the values, laid out by `SumLayout(S, ssm_blocks)`."""
 
     @classmethod
     def from_sums(
@@ -243,17 +267,19 @@ class Snapshot:
         sums: Float64[Tensor, " size"],
         *,
         num_states: int,
+        ssm_blocks: tuple[int, ...] = (),
         step: int,
         stream: str,
         overhead_ms: float,
         scalars: Mapping[str, float] | None = None,
     ) -> "Snapshot":
         """Divide the sums of a step, or of several steps merged by `SumLayout.merge_`."""
-        values: dict[str, Any] = SumLayout(num_states).values(sums)
+        values: dict[str, Any] = SumLayout(num_states, ssm_blocks).values(sums)
         counts = {name: int(values.pop(name)) for name in ("tokens", "sequences")}
         return cls(
             step=step,
             stream=stream,
+            ssm_blocks=ssm_blocks,
             overhead_ms=overhead_ms,
             scalars=dict(scalars or {}),
             sums=sums,

@@ -5,20 +5,22 @@ from typing import Literal
 
 from torch import Tensor
 
-from repflow.monitor.snapshot import Snapshot
+from repflow.monitor.snapshot import SSM_QUANTILES, Snapshot
 
 StateChoice = Literal["auto", "all"] | Sequence[int]
 """Which states become scalars: `all`; `auto`: all of up to 16, else the first, the last and the quarters between; or
 these (negative numbers count from the last)."""
 
 _ALL_UP_TO = 16
+_MEDIAN = SSM_QUANTILES.index(0.5)
 
 
 def scalar_items(snapshot: Snapshot, states: StateChoice = "auto", *, separator: str = "/") -> dict[str, float]:
     """Key -> number, such as `repflow/inter_token/state_00` or `repflow/v_loc`; the keys are the same at every step.
 
     A transition is named by the state that it starts from (`repflow/adjacent/transition_03` leads from state 3 to 4);
-    those of the chosen states are given, and the last one for the last state. Numbers have two digits, three for more
+    those of the chosen states are given, and the last one for the last state. `ssm_decay` and `ssm_memory` are medians,
+    of the state-space blocks among those transitions. Numbers have two digits, three for more
     than 100 states.
 
     Args:
@@ -47,6 +49,10 @@ def scalar_items(snapshot: Snapshot, states: StateChoice = "auto", *, separator:
     add("norms", "state", snapshot.norms, chosen)
     add("local_variance", "state", snapshot.local_variance, interior, first=1)
     add("hsic_top_token", "state", snapshot.hsic_top_token, chosen)
+    for name, quantiles in (("ssm_decay", snapshot.ssm_decay), ("ssm_memory", snapshot.ssm_memory)):
+        if quantiles is not None:
+            medians = quantiles[:, _MEDIAN]
+            add(name, "transition", medians, [index for index in transitions if index in snapshot.ssm_blocks])
     return items | {f"repflow{separator}{name}": value for name, value in _totals(snapshot).items()}
 
 

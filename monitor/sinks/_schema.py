@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from repflow.monitor.snapshot import Snapshot
+from repflow.monitor.snapshot import RunInfo, Snapshot
 
 APPLICATION_ID = int.from_bytes(b"rflo", "big")
 """What SQLite's header says of the application: it tells a run file from any other database."""
-VERSION = 1
-"""Version of the format, SQLite's `user_version`."""
+VERSION = 2
+"""Newest version of the format, SQLite's `user_version`; a file has the oldest that can hold it (see `version_of`)."""
 
 _HEADER_BYTES = 100
 _MAGIC = b"SQLite format 3\x00"
@@ -108,6 +108,11 @@ class Record:
     def tensor(self) -> Float64[Tensor, " size"]:
         """The sums."""
         return torch.from_numpy(np.frombuffer(self.sums, dtype="<f8").astype(np.float64))
+
+
+def version_of(run: RunInfo) -> int:
+    """The version that `run` needs: 2 has counts of decay rates among its sums."""
+    return 2 if run.ssm_blocks else 1
 
 
 def identify(path: Path) -> None:

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from repflow.monitor.sinks._reading import RunFile, read_run_file
 from repflow.monitor.sinks._schema import Record, RunFileError
-from repflow.monitor.snapshot import POSITION_BINS, RunInfo, SumLayout
+from repflow.monitor.snapshot import POSITION_BINS, SSM_QUANTILES, RunInfo, SumLayout
 from repflow.monitor.warning import warn
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ _VARIABLES: dict[str, tuple[tuple[str, ...], str, str, str]] = {
     "adjacent_tokens": (("transition", "position"), "f8", "`adjacent` by relative position in the sequence", "1"),
     "overhead_ms": ((), "f8", "time spent on monitoring, mean over the snapshots of a window", "ms"),
     "time": ((), "f8", "when the snapshot was written", "seconds since 1970-01-01"),
+    "ssm_decay": (("transition", "quantile"), "f8", "decay of the slowest channel of a block, over tokens", "1"),
+    "ssm_memory": (("transition", "quantile"), "f8", "memory length, over tokens and channels", "tokens"),
+    "ssm_nonfinite": (("transition",), "i8", "valid tokens with a Δ that is not finite", "tokens"),
     "nonfinite": (("state",), "i8", "valid tokens with a NaN or an infinity", "tokens"),
     "zero": (("state",), "i8", "valid tokens that are the zero vector", "tokens"),
     "tokens": ((), "i8", "valid tokens measured", "tokens"),
@@ -46,11 +49,12 @@ def open_run(path: str | os.PathLike[str], *, window: int = 1, attempt: int | No
     """Open a run file, also while the run is still writing to it.
 
     Dims: `step` (of the optimizer), `state` and `state_b` 0 … S−1, `transition` 0 … S−2 (transition l is the work of
-    block l, from state l to l + 1; coords `block_kind`, `block_name`) and `position` (centres of 64 bins of relative
-    position in the sequence). Variables: the values of `Snapshot` under the same names, `local_variance` by state with
-    NaN at both ends, `time` (Unix, s), and one for each of `Snapshot.scalars`, such as `loss`, NaN where a step has
-    none; a scalar with the name of another variable or dim gets the prefix `scalar_`. Attrs say what was monitored, and
-    `warnings`, line by line, what is missing; the same is warned of.
+    block l, from state l to l + 1; coords `block_kind`, `block_name`), `position` (centres of 64 bins of relative
+    position in the sequence) and, in a run with state-space blocks, `quantile` (levels from 0 to 1). Variables: the
+    values of `Snapshot` under the same names, `local_variance` by state with NaN at both ends, `time` (Unix, s), and
+    one for each of `Snapshot.scalars`, such as `loss`, NaN where a step has none; a scalar with the name of another
+    variable or dim gets the prefix `scalar_`. Attrs say what was monitored, and `warnings`, line by line, what is
+    missing; the same is warned of.
 
     A run that was resumed has several attempts. By default the latest has the say: what an earlier one measured at or
     after the first step of a later one is left out, and so are attempts with another number of states than the last.
@@ -78,7 +82,8 @@ def open_run(path: str | os.PathLike[str], *, window: int = 1, attempt: int | No
     for text in missing:
         warn(text)
     windows = [records[start : start + window] for start in range(0, len(records), window)]
-    return _dataset(file.attempts[number], windows, {"attempt": number, "warnings": "\n".join(missing)})
+    attrs = {"attempt": number, "warnings": "\n".join(missing)}
+    return _dataset(file.attempts[number], file.attempts, windows, attrs)
 
 
 def _only(path: Path, file: RunFile, attempt: int) -> list[Record]:
@@ -121,12 +126,23 @@ def _of(file: RunFile, attempt: int) -> list[Record]:
     return sorted((record for record in file.records if record.attempt == attempt), key=lambda record: record.step)
 
 
-def _merge(window: Sequence[Record], layout: SumLayout) -> Tensor:
+def _merge(window: Sequence[Record], attempts: Mapping[int, RunInfo], layout: SumLayout) -> Tensor:
     """The sums of a window."""
-    sums = window[0].tensor()
-    for record in window[1:]:
-        layout.merge_(sums, record.tensor())
+    sums = layout.zeros()
+    for record in window:
+        layout.merge_(sums, _laid_out(record.tensor(), attempts[record.attempt].layout, layout))
     return sums
+
+
+def _laid_out(sums: Tensor, given: SumLayout, wanted: SumLayout) -> Tensor:
+    """Sums in the layout `wanted`, which has all state-space blocks that `given` has."""
+    if given == wanted:
+        return sums
+    result = wanted.zeros()
+    into, rows = wanted.views(result), [wanted.ssm_blocks.index(block) for block in given.ssm_blocks]
+    for name, value in given.views(sums).items():
+        into[name][rows if name.startswith("ssm_") else ...] = value
+    return result
 
 
 def _scalars(windows: Sequence[Sequence[Record]]) -> dict[str, np.ndarray]:
@@ -142,13 +158,20 @@ def _scalars(windows: Sequence[Sequence[Record]]) -> dict[str, np.ndarray]:
     return scalars
 
 
-def _dataset(run: RunInfo, windows: Sequence[Sequence[Record]], attrs: Mapping[str, Any]) -> "xarray.Dataset":
+def _dataset(
+    run: RunInfo,
+    attempts: Mapping[int, RunInfo],
+    windows: Sequence[Sequence[Record]],
+    attrs: Mapping[str, Any],
+) -> "xarray.Dataset":
     import xarray  # slow to import, and writing a run does not need it
 
     steps = np.array([window[-1].step for window in windows], dtype=np.int64)
-    coords = _coords(run) | {"step": ("step", steps, {"long_name": "optimizer step", "units": "1"})}
-    layout = SumLayout(run.num_states)
-    sums = [_merge(window, layout) for window in windows]
+    # A run may have been begun without the metric `ssm`, or by a version without it.
+    of = [run, *(attempts[record.attempt] for window in windows for record in window)]
+    layout = SumLayout(run.num_states, tuple(sorted({block for info in of for block in info.ssm_blocks})))
+    coords = _coords(run, layout) | {"step": ("step", steps, {"long_name": "optimizer step", "units": "1"})}
+    sums = [_merge(window, attempts, layout) for window in windows]
     values = layout.values(torch.stack(sums) if sums else layout.zeros().expand(0, -1))
     # interior states only: NaN at both ends
     ends = run.num_states - values["local_variance"].shape[-1]
@@ -159,6 +182,7 @@ def _dataset(run: RunInfo, windows: Sequence[Sequence[Record]], attrs: Mapping[s
     variables: dict[str, Any] = {
         name: (("step", *dims), arrays[name].astype(dtype, copy=False), {"long_name": long_name, "units": units})
         for name, (dims, dtype, long_name, units) in _VARIABLES.items()
+        if layout.ssm_blocks or not name.startswith("ssm_")
     }
     for name, array in _scalars(windows).items():
         free = f"scalar_{name}" if name in variables or name in coords else name
@@ -166,9 +190,10 @@ def _dataset(run: RunInfo, windows: Sequence[Sequence[Record]], attrs: Mapping[s
     return xarray.Dataset(variables, coords, {**_attrs(run), **attrs})
 
 
-def _coords(run: RunInfo) -> dict[str, Any]:
+def _coords(run: RunInfo, layout: SumLayout) -> dict[str, Any]:
     states, blocks = np.arange(run.num_states), run.blocks
     centres = (np.arange(POSITION_BINS) + 0.5) / POSITION_BINS
+    levels = {"quantile": ("quantile", np.array(SSM_QUANTILES), {"long_name": "level of a quantile", "units": "1"})}
     return {
         "state": ("state", states, {"long_name": "state of the residual stream", "units": "1"}),
         "state_b": ("state_b", states, {"long_name": "the other state of a pair", "units": "1"}),
@@ -176,6 +201,7 @@ def _coords(run: RunInfo) -> dict[str, Any]:
         "position": ("position", centres, {"long_name": "relative position in the sequence", "units": "1"}),
         "block_kind": ("transition", np.array([block.kind for block in blocks], dtype=str)),
         "block_name": ("transition", np.array([block.name for block in blocks], dtype=str)),
+        **(levels if layout.ssm_blocks else {}),
     }
 
 

@@ -15,9 +15,9 @@ from zlib import crc32
 
 from repflow.monitor.sinks._base import AbstractSink
 from repflow.monitor.sinks._journal import journal_mode
-from repflow.monitor.sinks._schema import APPLICATION_ID, COLUMNS, TABLES, VERSION, Record, RunFileError, identify
+from repflow.monitor.sinks._schema import APPLICATION_ID, COLUMNS, TABLES, Record, RunFileError, identify, version_of
 from repflow.monitor.sinks._worker import Worker
-from repflow.monitor.snapshot import RunInfo, Snapshot, SumLayout
+from repflow.monitor.snapshot import RunInfo, Snapshot
 
 CHECKPOINT_EVERY = 32
 """Snapshots between two times that the write-ahead log is moved into the file itself."""
@@ -59,7 +59,7 @@ class RunFileSink(AbstractSink):
         self.close()
         # absolute, since the training loop may change the working directory
         self.path = (self._given or self._directory / f"{_file_name(run.name)}.db").absolute()
-        self._size = SumLayout(run.num_states).size
+        self._size = run.layout.size
         self._attempt = _open_attempt(self.path, run)
         self._worker = Worker(partial(_write_all, self.path), name=f"run file {self.path}")
         # a sink that is dropped without `close` must not leave its thread behind
@@ -163,9 +163,10 @@ def _open_attempt(path: Path, run: RunInfo) -> int:
         with closing(_connect(path)) as db, _transaction(db):
             if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'attempt'").fetchone() is None:
                 db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                db.execute(f"PRAGMA user_version = {VERSION}")
                 for table in TABLES:
                     db.execute(table)
+            version = max(db.execute("PRAGMA user_version").fetchone()[0], version_of(run))
+            db.execute(f"PRAGMA user_version = {version}")
             info = run.to_json()
             row = (time.time(), info, crc32(info.encode()))
             added = db.execute("INSERT INTO attempt (started, info, crc32) VALUES (?, ?, ?)", row)

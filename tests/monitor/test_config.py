@@ -41,7 +41,7 @@ def test_frozen_and_keyword_only() -> None:
             "metrics",
             ("cka", "kca"),
             ValueError,
-            "expected metrics among 'inter_token', 'adjacent', 'variation', 'cka', got 'kca'",
+            "expected metrics among 'inter_token', 'adjacent', 'variation', 'cka', 'ssm', got 'kca'",
         ),
         ("states", "raw", ValueError, "expected states among 'residual', 'hf', got 'raw'"),
         ("cka_estimator", "debiased", ValueError, "expected cka_estimator among 'unbiased', 'biased', got 'debiased'"),
