@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from repflow.monitor.accumulator import Accumulator
-from repflow.monitor.capture import Capture, CaptureBuffer, CapturedForward
+from repflow.monitor.buffer import CaptureBuffer
+from repflow.monitor.capture import Capture, CapturedForward
 from repflow.monitor.config import Metric, MonitorConfig
 from repflow.monitor.delivery import Delivery, MeasuredStep, on_device
 from repflow.monitor.notices import misread_mask, short_sequences
@@ -68,7 +69,8 @@ class Monitor:
         if self.config.states == "hf" and self.stream.final_norm is None:
             raise ValueError(
                 f'`Monitor`: states="hf" needs the norm behind the last block, and none was found beside '
-                f'{self.stream.name!r} in {type(model).__name__}; use states="residual"'
+                f'{self.stream.name!r} in {type(model).__name__}; use states="residual", which is what transformers returns '
+                "of a model without that norm"
             )
         self.run: RunInfo = describe_run(model, self.stream, self.config, name)
         self.latest: Snapshot | None = None
@@ -240,6 +242,12 @@ class Monitor:
         self._capture.disarm()
         if self._step is not None:
             self._ignored.update(self._capture.ignored)
+            if broken := self._capture.broken:
+                self._warn(
+                    f"left out forwards of step {self._step.number}, and those of later steps as long as this is so: "
+                    f"{broken}. Pass blocks=[...] in the order in which they run, up to where this is so",
+                    key="recorded nothing",
+                )
 
     def _send(self) -> None:
         """End the step: its results leave the device."""
