@@ -41,7 +41,7 @@ class Chain:
             first, last = self._stream.blocks[0].name, self._stream.blocks[-1].name
             raise ValueError(
                 f"expected '{first}' to begin a forward, and it took what '{last}' had returned: these blocks run "
-                "several times in one forward; pass blocks=[...] in the order in which they run, each as often as it does"
+                "several times in one forward; pass blocks=[...] in the order in which they run, as often as they do"
             )
         self.end()
 

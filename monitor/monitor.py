@@ -69,8 +69,8 @@ class Monitor:
         if self.config.states == "hf" and self.stream.final_norm is None:
             raise ValueError(
                 f'`Monitor`: states="hf" needs the norm behind the last block, and none was found beside '
-                f'{self.stream.name!r} in {type(model).__name__}; use states="residual", which is what transformers returns '
-                "of a model without that norm"
+                f'{self.stream.name!r} in {type(model).__name__}; use states="residual", which '
+                "transformers returns too of a model without it"
             )
         self.run: RunInfo = describe_run(model, self.stream, self.config, name)
         self.latest: Snapshot | None = None
