@@ -128,6 +128,11 @@ def find_residual_stream(
     )
 
 
+def list_names(model: Module) -> dict[str, str]:
+    """Every list in `model` that could be a list of blocks: its dotted path, and how it is told in words."""
+    return {candidate.name: str(candidate) for candidate in _candidates(model)}
+
+
 def _block(index: int, path: str, module: Module) -> Block:
     parts = block_parts(module)
     return Block(index, strip_wrappers(path), block_kind(parts), module, parts, block_reader(module))

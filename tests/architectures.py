@@ -58,10 +58,14 @@ SMALL: dict[str, Any] = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
-GROUPED = dict(num_key_value_heads=2)
-MAMBA2 = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8, **GROUPED)
-NEMOTRON = dict(head_dim=8, ssm_state_size=8, mamba_num_heads=8, mamba_head_dim=8, n_groups=1, chunk_size=8, **GROUPED)
-T5 = dict(
+GROUPED: dict[str, Any] = dict(num_key_value_heads=2)
+MAMBA2: dict[str, Any] = dict(
+    mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8, **GROUPED
+)
+NEMOTRON: dict[str, Any] = dict(
+    head_dim=8, ssm_state_size=8, mamba_num_heads=8, mamba_head_dim=8, n_groups=1, chunk_size=8, **GROUPED
+)
+T5: dict[str, Any] = dict(
     d_model=32,
     d_kv=8,
     d_ff=48,

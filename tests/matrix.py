@@ -71,8 +71,8 @@ def forward(architecture: Architecture, model: nn.Module, step: int, **options: 
 
 
 def loss_of(output: Any) -> Tensor:
-    values = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if values is None:
+    values: Any = getattr(output, "logits", output)
+    if not isinstance(values, Tensor):
         values = output.last_hidden_state
     return values.float().log_softmax(-1).square().mean()
 
