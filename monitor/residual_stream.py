@@ -27,6 +27,9 @@ FINAL_NORMS = (
 )
 """Names of the norm behind the last block, beside the list of blocks."""
 
+SIDES = frozenset(["encoder", "decoder"])
+"""The two streams of a model that has both, by components of paths."""
+
 OTHER_MODALITIES = frozenset(
     ["vision_tower", "vision_model", "vision_encoder", "visual", "audio_tower", "audio_model", "speech_encoder"]
 )
@@ -83,11 +86,13 @@ class _Candidate:
     @property
     def side(self) -> str | None:
         """`encoder` or `decoder`, whichever comes first in the path: a decoder may be made of an `encoder` too."""
-        return next((part for part in self.path.split(".") if part in ("encoder", "decoder")), None)
+        return next((part for part in self.path.split(".") if part in SIDES), None)
 
     def is_stream(self, name: str) -> bool:
         """Whether this is what `stream=name` asks for."""
-        return name in (self.name, self.side) or (self.side != name and name in self.path.split("."))
+        if name in SIDES:
+            return name in (self.name, self.side)
+        return name == self.name or name in self.path.split(".")
 
     def __str__(self) -> str:
         return f"'{self.name}' ({len(self.items)} × {type(self.items[0][1]).__name__})"
