@@ -25,17 +25,22 @@ class Reader:
 
 def _first_tensor_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     named = [kwargs[name] for name in ("hidden_states", "x", "src", "tgt", "input") if name in kwargs]
-    for value in (*args[:1], *named, *args, *kwargs.values()):
+    for value in (*map(_head, args[:1]), *named, *args, *kwargs.values()):
         if isinstance(value, Tensor) and value.is_floating_point():
             return value
     got = [type(value).__name__ for value in (*args, *kwargs.values())]
     raise TypeError(f"expected a block that takes its state as a floating tensor, got arguments {got}")
 
 
+def _head(value: Any) -> Any:
+    """The first of a tuple, which blocks may hand on to each other as a whole."""
+    while isinstance(value, (tuple, list)) and value:
+        value = value[0]
+    return value
+
+
 def _first_tensor_out(output: Any) -> Tensor:
-    first = output
-    while isinstance(first, (tuple, list)) and first:
-        first = first[0]
+    first = _head(output)
     if not (isinstance(first, Tensor) and first.is_floating_point()):
         raise TypeError(
             "expected a block that returns its state as a floating tensor, or first in a tuple, "

@@ -1,12 +1,15 @@
 """The matrix: every architecture, with padding, with and without checkpointing, with and without the monitor."""
 
+import importlib.util
 from dataclasses import replace
 
 import pytest
 import torch
+import transformers
+from torch import nn
 
 from tests import handwritten
-from tests.architectures import ARCHITECTURES, VOCABULARY, Architecture, plain
+from tests.architectures import ARCHITECTURES, ATTENTION, GROUPED, SMALL, VOCABULARY, Architecture, plain
 from tests.matrix import Trained, examine
 from tests.models_page import PAGE, page
 
@@ -70,3 +73,19 @@ def test_the_matrix_sees_what_is_wrong() -> None:
     drifting = plain("drifting", lambda: Drifting(VOCABULARY), "blocks", ["other"] * 3)
     with pytest.warns(RuntimeWarning, match=r"'blocks\.1' did not take what 'blocks\.0' returned"):
         assert examine(drifting).plain == Trained(states=False, losses=True, snapshot=False, padding=False)
+
+
+if importlib.util.find_spec("peft"):
+
+    def lora() -> nn.Module:
+        import peft  # pyright: ignore[reportMissingImports]
+
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SMALL, **GROUPED}))
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "up_proj"], lora_dropout=0.1)
+        return peft.get_peft_model(model, config)
+
+    def test_peft_itself() -> None:
+        """As its stand-in in the matrix."""
+        result = examine(plain("PEFT", lora, "base_model.model.model.layers", [ATTENTION] * 3))
+        assert (result.plain, result.checkpointed) == (GOOD, GOOD)
+        assert result.parts == (ATTENTION,) * 3

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from repflow.monitor import Monitor, MonitorConfig
+from repflow.monitor import Monitor, MonitorConfig, find_residual_stream
+from tests import handwritten
 from tests.monitor import toy
 
 
@@ -141,6 +143,43 @@ def test_a_list_that_holds_a_block_more_than_once() -> None:
     monitor = Monitor(model, MonitorConfig(every_n_steps=1))
     run(model, monitor)
     assert monitor.latest is not None and len(monitor.latest.norms) == 4
+
+
+def test_blocks_that_hand_on_a_tuple() -> None:
+    class Pair(toy.Block):
+        def forward(self, pair: Any) -> Any:
+            x, seen = pair if isinstance(pair, tuple) else (pair, 0)
+            return super().forward(x), seen + 1
+
+    model: Any = nn.Module()
+    model.blocks = nn.ModuleList([Pair(16) for _ in range(3)])
+    monitor = Monitor(model, MonitorConfig(every_n_steps=1))
+    with monitor.step(0):
+        x: Any = torch.randn(2, 5, 16)
+        for block in model.blocks:
+            x = block(x)
+        x[0].sum().backward()
+    monitor.flush()
+    assert monitor.latest is not None and monitor.latest.tokens == 10
+
+
+@pytest.mark.parametrize("parts", [["ssm", "attention"], ["other"]])
+def test_blocks_in_the_wrapper_of_activation_checkpointing(parts: list[str]) -> None:
+    """Kinds and readers are those of what is wrapped."""
+    model: Any = handwritten.Plain(32) if parts == ["other"] else handwritten.MambaLike(parts, 32)
+    path = "blocks" if parts == ["other"] else "backbone.layers"
+    blocks = model.get_submodule(path)
+    bare = find_residual_stream(model)
+    for index, block in enumerate(blocks):
+        blocks[index] = checkpoint_wrapper(block)
+    monitor = Monitor(model, MonitorConfig(every_n_steps=1))
+    assert [(b.name, b.kind, b.parts, b.reader) for b in monitor.stream.blocks] == [
+        (b.name, b.kind, b.parts, b.reader) for b in bare.blocks
+    ]
+    with monitor.step(0):
+        model(toy.batch(), torch.ones(4, 12)).sum().backward()
+    monitor.flush()
+    assert monitor.latest is not None and monitor.latest.tokens == 48
 
 
 def test_nothing_of_the_stream_is_held_after_a_step() -> None:
