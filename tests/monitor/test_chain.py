@@ -147,8 +147,8 @@ def test_a_list_that_holds_a_block_more_than_once() -> None:
 
 def test_blocks_that_hand_on_a_tuple() -> None:
     class Pair(toy.Block):
-        def forward(self, pair: Any) -> Any:
-            x, seen = pair if isinstance(pair, tuple) else (pair, 0)
+        def forward(self, x: Any) -> Any:
+            x, seen = x if isinstance(x, tuple) else (x, 0)
             return super().forward(x), seen + 1
 
     model: Any = nn.Module()
