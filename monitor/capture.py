@@ -4,7 +4,6 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import torch
@@ -12,6 +11,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 
+from repflow.monitor.buffer import CaptureBuffer
+from repflow.monitor.chain import Chain
 from repflow.monitor.masks import CallMasks, MaskReader, token_groups
 from repflow.monitor.residual_stream import ResidualStream
 from repflow.monitor.sampling import Selection
@@ -33,53 +34,6 @@ class CapturedForward:
 
 class CaptureError(RuntimeError):
     """The states of a forward cannot be captured; the message names the layer and the remedy."""
-
-
-class CaptureBuffer:
-    """One flat tensor that every forward's states are copied into, reused from step to step.
-
-    It has the size and the promoted dtype of what was captured so far, up to `max_memory_mib`: never narrower than the
-    states.
-    """
-
-    def __init__(self, max_memory_mib: int) -> None:
-        self._limit = max_memory_mib * 2**20
-        self._flat: Tensor | None = None
-        self._widest: torch.dtype | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Size of what is held. Unit: bytes."""
-        return 0 if self._flat is None else self._flat.nbytes
-
-    def capacity(self, state: Tensor, num_states: int) -> int:
-        """Most tokens of `num_states` states like `state` that fit."""
-        return self._limit // (num_states * state.shape[-1] * self._dtype(state).itemsize)
-
-    def view(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """The buffer as a contiguous tensor of `shape` on the device of `like`, with whatever content it had."""
-        size, dtype = prod(shape), self._dtype(like)
-        flat = self._flat
-        if flat is None or flat.numel() < size or flat.dtype != dtype or flat.device != like.device:
-            self._flat = flat = None  # freed before the larger one is allocated
-            self._flat = flat = torch.empty(size, dtype=dtype, device=like.device)
-        return flat[:size].view(shape)
-
-    def widen(self, view: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """The same view and content in `dtype`; None if that exceeds the limit, and only later views will have it."""
-        self._flat = None
-        self._widest = dtype
-        if view.numel() * dtype.itemsize > self._limit:
-            return None
-        return self.view(tuple(view.shape), view).copy_(view)
-
-    def release(self) -> None:
-        """Give the memory back."""
-        self._flat = None
-
-    def _dtype(self, like: Tensor) -> torch.dtype:
-        self._widest = like.dtype if self._widest is None else torch.promote_types(self._widest, like.dtype)
-        return self._widest
 
 
 @dataclass(eq=False)
@@ -154,15 +108,22 @@ class Capture:
     taps: Callable[[], Iterable[tuple[Module, Callable[[Recording, Tensor], None]]]] = tuple
     """Modules inside of blocks, and what to call with the recorded forward and what the module returned."""
     ignored: Counter[str] = field(default_factory=Counter)
+    broken: str | None = None
+    """How the chain of blocks broke since `arm`: those forwards were left out."""
+    _chain: Chain = field(init=False)
     _handles: list[RemovableHandle] = field(default_factory=list)
     _entry: _Entry | None = None
     _forward: Recording | None = None
     _mask: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        self._chain = Chain(self.stream)
+
     def arm(self, mask: Tensor | None) -> None:
         """Register the hooks. `mask` replaces the masks that the model receives."""
         self.disarm()
         self.ignored.clear()
+        self.broken = None
         self._mask = mask
         for depth, module in enumerate(self.stream.ancestors):
             hook = self._hook(self._enter, depth, MaskReader(module))
@@ -172,6 +133,10 @@ class Capture:
         indices: dict[Module, list[int]] = {}
         for block in self.stream.blocks[: -1 if self.final_norm else None]:
             indices.setdefault(block.module, []).append(block.index)
+        if not self._chain.verified:
+            for module in dict.fromkeys(block.module for block in self.stream.blocks[1:]):
+                hook = self._hook(self._follow)
+                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         for module, owned in indices.items():
             self._handles.append(module.register_forward_hook(self._hook(self._leave, owned)))
         if self.final_norm and self.stream.final_norm is not None:
@@ -186,7 +151,8 @@ class Capture:
             handle.remove()
         self._handles.clear()
         if self._forward is not None:
-            self.ignored["forwards that did not pass through all blocks"] += 1
+            self._count_incomplete(self._forward)
+        self._chain.end()
         self._entry = self._forward = self._mask = None
 
     def _hook(self, call: Callable[..., None], *args: Any) -> _Hook:
@@ -208,7 +174,7 @@ class Capture:
             return
         entry, self._entry = self._entry or _Entry(0, torch.is_grad_enabled(), module.training), None
         if self._forward is not None:
-            self.ignored["forwards that did not pass through all blocks"] += 1
+            self._count_incomplete(self._forward)
             self._forward = None
         if not entry.grad:
             self.ignored["forwards without gradients"] += 1
@@ -217,6 +183,8 @@ class Capture:
         else:
             block = self.stream.blocks[0]
             state = block.reader.entry(args, kwargs).detach()
+            if not self._chain.verified:
+                self._chain.begin(state)
             masks = CallMasks(self._mask) if self._mask is not None else entry.masks
             self._forward = self._start(state, masks)
             if self._forward is not None:
@@ -236,7 +204,10 @@ class Capture:
             what = f"'{self._name(owned[0])}' where '{self._name(index)}' was expected"
             self.ignored[f"forwards that ran {what}"] += 1
             return
-        self._store(forward, self.stream.blocks[index].reader.exit(output).detach())
+        state = self.stream.blocks[index].reader.exit(output).detach()
+        if not self._chain.verified:
+            self._chain.left(index, state)
+        self._store(forward, state)
         if forward.filled == len(self.stream) + 1:
             self._forward = None
             selection = forward.selection(forward.view.device)
@@ -245,6 +216,24 @@ class Capture:
     def _tap(self, read: Callable[..., None], module: Module, args: tuple[Any, ...], output: Any) -> None:
         if self._forward is not None and not _in_backward():
             read(self._forward, output)
+
+    def _follow(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A block but the first is called: it must take what the one before it returned."""
+        forward = self._forward
+        index = 0 if forward is None else forward.filled - 1
+        if self._chain.verified or index == 0 or self.stream.blocks[index].module is not module or _in_backward():
+            return  # blocks in another order are told when they return
+        state = self.stream.blocks[index].reader.entry(args, kwargs).detach()
+        if broken := self._chain.broken(index, state):
+            self._forward = None
+            self.broken = broken
+            self.ignored[f"forwards in which {broken}"] += 1
+
+    def _count_incomplete(self, forward: Recording) -> None:
+        what = "did not pass through all blocks"
+        if self.final_norm and forward.filled == len(self.stream):
+            what = 'did not call the final norm, as where it is fused with a sum: use states="residual"'
+        self.ignored[f"forwards that {what}"] += 1
 
     def _start(self, state: Tensor, masks: CallMasks) -> Recording | None:
         flat_tokens = state.ndim == 2

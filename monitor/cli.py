@@ -52,9 +52,10 @@ def _can_be_mended(error: Exception) -> bool:
     if not isinstance(error, ValueError):
         return True
     from repflow.monitor.demo import DemoError
+    from repflow.monitor.inspection import InspectError
     from repflow.monitor.sinks import RunFileError
 
-    return isinstance(error, (DemoError, RunFileError))
+    return isinstance(error, (DemoError, InspectError, RunFileError))
 
 
 def _print_what_the_terminal_can() -> None:
@@ -162,3 +163,43 @@ def _write_report(runs: Sequence[Path], output: Path) -> Path:
     for warning in caught:
         typer.echo(warning.message, err=True)
     return page
+
+
+@app.command()
+def inspect(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_CONFIG",
+            help="A class (LlamaConfig, LlamaForCausalLM) or model type (llama) of transformers; a folder or JSON file "
+            "with a configuration; owner/name on the Hugging Face hub; or package.module:factory.",
+        ),
+    ],
+    stream: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which one, in a model with two: encoder or decoder.")
+    ] = None,
+    blocks: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Dotted path of the list of blocks. Default: found by itself.")
+    ] = None,
+) -> None:
+    """Show the residual stream of a model: its blocks, what they are made of, and how their states are read.
+
+    Only the configuration is read, and where it can be, the model is built without memory for its weights.
+    """
+    with _without_traceback(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _show_stream(model, stream, blocks)
+
+
+def _show_stream(model: str, stream: str | None, blocks: str | None) -> None:
+    from rich.console import Console
+
+    from repflow.monitor.inspection import inspect_model, show
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_FILE_WIDTH)
+    show(console, inspect_model(model, stream=stream, blocks=blocks))
+
+
+_FILE_WIDTH = 160  # wide enough that no name is cut where nobody's terminal sets the width

@@ -11,7 +11,9 @@ from torch.nn import Module
 
 PADDING_ARGUMENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "attention_mask": lambda mask: mask > 0 if mask.is_floating_point() else mask,
-    "src_key_padding_mask": lambda mask: mask == 0,  # of torch.nn.TransformerEncoder: what is not 0 is padding
+    # Of torch.nn.TransformerEncoder and TransformerDecoder, where what is not 0 is padding:
+    "src_key_padding_mask": lambda mask: mask == 0,
+    "tgt_key_padding_mask": lambda mask: mask == 0,
 }
 """Names under which models take a mask `[B, T]`, and how to turn it into one where 0 is padding."""
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from repflow.monitor.accumulator import Accumulator
-from repflow.monitor.capture import Capture, CaptureBuffer, CapturedForward
+from repflow.monitor.buffer import CaptureBuffer
+from repflow.monitor.capture import Capture, CapturedForward
 from repflow.monitor.config import Metric, MonitorConfig
 from repflow.monitor.delivery import Delivery, MeasuredStep
 from repflow.monitor.notices import misread_mask, short_sequences, unread_decays
@@ -70,7 +71,8 @@ class Monitor:
         if self.config.states == "hf" and self.stream.final_norm is None:
             raise ValueError(
                 f'`Monitor`: states="hf" needs the norm behind the last block, and none was found beside '
-                f'{self.stream.name!r} in {type(model).__name__}; use states="residual"'
+                f'{self.stream.name!r} in {type(model).__name__}; use states="residual", which '
+                "transformers returns too of a model without it"
             )
         self.run: RunInfo = describe_run(model, self.stream, self.config, name)
         self.latest: Snapshot | None = None
@@ -245,6 +247,12 @@ class Monitor:
         self._capture.disarm()
         if self._step is not None:
             self._ignored.update(self._capture.ignored)
+            if broken := self._capture.broken:
+                self._warn(
+                    f"left out forwards of step {self._step.number}, and those of later steps as long as this is so: "
+                    f"{broken}. Pass blocks=[...] in the order in which they run, up to where this is so",
+                    key="recorded nothing",
+                )
 
     def _send(self) -> None:
         """End the step: its results leave the device."""

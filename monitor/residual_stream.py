@@ -1,33 +1,19 @@
 """Where a model's residual stream runs: its blocks in order, what each is made of, and how to read h^(l) from them.
 
-What is known about architectures is data here: names of parts, of final norms, of wrappers, and small readers. The list
-of blocks itself is found by structure, so that a new architecture usually needs nothing.
+What is known about architectures is data, here and in `parts`, `readers` and `wrappers`. The list of blocks itself is
+found by structure, so that a new architecture usually needs nothing. That each block takes what the one before it
+returned is held against the first forward that is recorded (`chain`).
 """
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from torch import Tensor
-from torch.nn import Module, ModuleList, Sequential
+from torch.nn import Module, ModuleDict, ModuleList, Sequential
 
-PART_NAMES: dict[str, frozenset[str]] = {
-    part: frozenset(names.split())
-    for part, names in {
-        "attention": "q_proj query query_key_value qkv qkv_proj Wqkv c_attn wq in_proj_weight "
-        "attn attention self_attn self_attention SelfAttention",
-        "ssm": "A_log",
-        "recurrent": "rg_lru mlstm_layer mlstm slstm linear_attn time_mix",
-        "conv": "conv",
-        "moe": "experts router block_sparse_moe",
-        "mlp": "mlp feed_forward ffn fc1 c_fc linear1 up_proj shared_mlp DenseReluDense intermediate",
-    }.items()
-}
-"""Parts of a block, told by the names of its modules and parameters: class names and configs do not separate them."""
-
-MIXERS = ("attention", "ssm", "recurrent", "conv")
-"""The parts that mix tokens. A block with two of them is a hybrid; a block with none is named after what it has."""
+from repflow.monitor.parts import block_kind, block_parts
+from repflow.monitor.readers import Reader, block_reader
+from repflow.monitor.wrappers import strip_wrappers
 
 FINAL_NORMS = (
     "final_layer_norm",
@@ -41,54 +27,13 @@ FINAL_NORMS = (
 )
 """Names of the norm behind the last block, beside the list of blocks."""
 
-WRAPPERS = frozenset(["module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
-"""Components that wrappers (DDP, torch.compile, FSDP, activation checkpointing) put into module names."""
+SIDES = frozenset(["encoder", "decoder"])
+"""The two streams of a model that has both, by components of paths."""
 
-
-@dataclass(frozen=True)
-class Reader:
-    """How to read the residual stream at a block's ends."""
-
-    entry: Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
-    """From the arguments of a block's forward to its input state."""
-    exit: Callable[[Any], Tensor]
-    """From what a block returns to its output state."""
-
-
-def _first_tensor_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    named = [kwargs[name] for name in ("hidden_states", "x", "src", "tgt", "input") if name in kwargs]
-    for value in (*args[:1], *named, *args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value
-    got = [type(value).__name__ for value in (*args, *kwargs.values())]
-    raise TypeError(f"expected a block that takes its state as a floating tensor, got arguments {got}")
-
-
-def _first_tensor_out(output: Any) -> Tensor:
-    first = output
-    while isinstance(first, (tuple, list)) and first:
-        first = first[0]
-    if not (isinstance(first, Tensor) and first.is_floating_point()):
-        raise TypeError(
-            "expected a block that returns its state as a floating tensor, or first in a tuple, "
-            f"got {type(output).__name__}"
-        )
-    return first
-
-
-FIRST_TENSOR = Reader(_first_tensor_in, _first_tensor_out)
-"""The state is the first argument, and the output or the first of its tuple, as in all blocks of transformers."""
-
-SEQUENCE_FIRST = Reader(
-    lambda args, kwargs: _first_tensor_in(args, kwargs).transpose(0, 1),
-    lambda output: _first_tensor_out(output).transpose(0, 1),
+OTHER_MODALITIES = frozenset(
+    ["vision_tower", "vision_model", "vision_encoder", "visual", "audio_tower", "audio_model", "speech_encoder"]
 )
-"""States are `[T, B, D]`: torch.nn.TransformerEncoderLayer and its kin, unless made with `batch_first=True`."""
-
-READERS: list[tuple[Callable[[Module], bool], Reader]] = [
-    (lambda block: getattr(getattr(block, "self_attn", None), "batch_first", True) is False, SEQUENCE_FIRST),
-]
-"""Blocks that need another reader: the first whose test holds for a block is used."""
+"""Components of the paths of lists that hold no text: chosen only by `stream=` or `blocks=`."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +83,17 @@ class _Candidate:
     def name(self) -> str:
         return strip_wrappers(self.path) or "model"
 
+    @property
+    def side(self) -> str | None:
+        """`encoder` or `decoder`, whichever comes first in the path: a decoder may be made of an `encoder` too."""
+        return next((part for part in self.path.split(".") if part in SIDES), None)
+
+    def is_stream(self, name: str) -> bool:
+        """Whether this is what `stream=name` asks for."""
+        if name in SIDES:
+            return name in (self.name, self.side)
+        return name == self.name or name in self.path.split(".")
+
     def __str__(self) -> str:
         return f"'{self.name}' ({len(self.items)} × {type(self.items[0][1]).__name__})"
 
@@ -147,7 +103,8 @@ def find_residual_stream(
 ) -> ResidualStream:
     """Find the blocks of `model`.
 
-    Without `blocks`, they are the longest list of modules that is not itself inside such a list.
+    Without `blocks`, they are the longest list of modules that is not itself inside such a list: a ModuleList, or a
+    ModuleDict with numbers for keys; a Sequential where there is none of these.
 
     Args:
         model: any module, wrapped or not.
@@ -166,7 +123,7 @@ def find_residual_stream(
     else:
         chosen = _choose(model, list(_candidates(model)), stream)
     ancestors = tuple(model.get_submodule(path) for path in _prefixes(chosen.path))
-    owner = next(module for module in reversed(ancestors) if not isinstance(module, ModuleList))
+    owner = next((module for module in reversed(ancestors) if not _is_list(module)), model)
     norms = (getattr(owner, name, None) for name in FINAL_NORMS)
     return ResidualStream(
         name=stream or chosen.name,
@@ -176,38 +133,24 @@ def find_residual_stream(
     )
 
 
-def block_parts(module: Module) -> tuple[str, ...]:
-    """What a block is made of, in the order of `PART_NAMES`."""
-    names = {part for path, _ in (*module.named_modules(), *module.named_parameters()) for part in path.split(".")}
-    found = {part for part, known in PART_NAMES.items() if names & known}
-    if "ssm" in found and any("delta" in type(child).__name__.lower() for child in module.modules()):
-        found = found - {"ssm"} | {"recurrent"}  # DeltaNet has an A_log too
-    return tuple(part for part in PART_NAMES if part in found)
-
-
-def strip_wrappers(path: str) -> str:
-    """A dotted path without the components of `WRAPPERS`."""
-    return ".".join(part for part in path.split(".") if part not in WRAPPERS)
+def list_names(model: Module) -> dict[str, str]:
+    """Every list in `model` that could be a list of blocks: its dotted path, and how it is told in words."""
+    return {candidate.name: str(candidate) for candidate in _candidates(model)}
 
 
 def _block(index: int, path: str, module: Module) -> Block:
     parts = block_parts(module)
-    mixers = [part for part in parts if part in MIXERS]
-    kind = "hybrid" if len(mixers) > 1 else (*mixers, *parts, "other")[0]
-    reader = next((reader for fits, reader in READERS if fits(module)), FIRST_TENSOR)
-    return Block(index, strip_wrappers(path), kind, module, parts, reader)
+    return Block(index, strip_wrappers(path), block_kind(parts), module, parts, block_reader(module))
 
 
 def _candidates(model: Module) -> Iterator[_Candidate]:
-    """Outermost lists of modules that have parameters: ModuleLists, and in their absence Sequentials."""
-    for container in (ModuleList, Sequential):
+    """Outermost lists of modules that have parameters: ModuleLists and their kin; in their absence, Sequentials."""
+    for is_list in (_is_list, lambda module: isinstance(module, Sequential)):
         found: list[_Candidate] = []
         for path, module in model.named_modules():
-            if not isinstance(module, container) or any(
-                path.startswith(f"{other.path}.") for other in found if other.path
-            ):
+            if not is_list(module) or any(path.startswith(f"{other.path}.") for other in found if other.path):
                 continue
-            items = [(f"{path}.{name}" if path else name, item) for name, item in module.named_children()]
+            items = _items(path, module)
             if items and all(_is_block(item) for _, item in items):
                 found.append(_Candidate(path, items))
         if found:
@@ -215,8 +158,20 @@ def _candidates(model: Module) -> Iterator[_Candidate]:
             return
 
 
+def _items(path: str, module: Module) -> list[tuple[str, Module]]:
+    """Path and module of every item, with those that are in the list more than once."""
+    items = module._modules.items()
+    return [(f"{path}.{name}" if path else name, item) for name, item in items if item is not None]
+
+
+def _is_list(module: Module) -> bool:
+    return isinstance(module, ModuleList) or (
+        isinstance(module, ModuleDict) and all(name.isdecimal() for name in module)
+    )
+
+
 def _is_block(module: Module) -> bool:
-    return not isinstance(module, ModuleList) and next(module.parameters(), None) is not None
+    return not _is_list(module) and next(module.parameters(), None) is not None
 
 
 def _choose(model: Module, candidates: list[_Candidate], stream: str | None) -> _Candidate:
@@ -227,16 +182,17 @@ def _choose(model: Module, candidates: list[_Candidate], stream: str | None) -> 
             'parameters; pass blocks="dotted.path" or blocks=[module, ...] in the order in which they run'
         )
     listing = ", ".join(map(str, candidates))
-    sides = [side for side in ("encoder", "decoder") if any(side in c.path.split(".") for c in candidates)]
     if stream is not None:
-        candidates = [c for c in candidates if stream in c.path.split(".") or stream == c.name]
+        candidates = [c for c in candidates if c.is_stream(stream)]
         if not candidates:
             raise ValueError(f"`find_residual_stream`: no stream {stream!r} in {kind}; it has {listing}")
-    elif len(sides) == 2:
-        raise ValueError(
-            f'`find_residual_stream`: {kind} has two streams; pass stream="encoder" or stream="decoder". '
-            f"It has {listing}"
-        )
+    else:
+        candidates = [c for c in candidates if OTHER_MODALITIES.isdisjoint(c.path.split("."))] or candidates
+        if {"encoder", "decoder"} <= {c.side for c in candidates}:
+            raise ValueError(
+                f'`find_residual_stream`: {kind} has two streams; pass stream="encoder" or stream="decoder". '
+                f"It has {listing}"
+            )
     # Lists of bare layers (heads, embeddings) only count where there is nothing with an inner structure.
     structured = [c for c in candidates if all(next(item.children(), None) is not None for _, item in c.items)]
     candidates = structured or candidates
@@ -245,9 +201,19 @@ def _choose(model: Module, candidates: list[_Candidate], stream: str | None) -> 
     if len(best) > 1:
         raise ValueError(
             f"`find_residual_stream`: {kind} has several lists of {longest} blocks: {', '.join(map(str, best))}; "
-            f'pass the right one, for example blocks="{best[0].name}"'
+            + _remedy(model, best)
         )
     return best[0]
+
+
+def _remedy(model: Module, alike: list[_Candidate]) -> str:
+    parents = {candidate.path.rpartition(".")[0] for candidate in alike}
+    if len(parents) == 1 and _is_list(model.get_submodule(*parents)):
+        return (
+            f"they are the parts of blocks in '{strip_wrappers(*parents)}', which are lists and not called: "
+            "make each block a module whose forward returns the stream"
+        )
+    return f'pass the right one, for example blocks="{alike[0].name}"'
 
 
 def _named_candidate(model: Module, path: str) -> _Candidate:
@@ -258,8 +224,8 @@ def _named_candidate(model: Module, path: str) -> _Candidate:
             f"`find_residual_stream`: no module {path!r} in {type(model).__name__}; nearest: {near or 'none'}"
         )
     full, module = by_name[path]
-    items = [(f"{full}.{name}" if full else name, item) for name, item in module.named_children()]
-    if not isinstance(module, (ModuleList, Sequential)) or not items:
+    items = _items(full, module)
+    if not (_is_list(module) or isinstance(module, Sequential)) or not items:
         raise ValueError(
             f"`find_residual_stream`: expected {path!r} to be a list of blocks (ModuleList or Sequential with items), "
             f"got {type(module).__name__} with {len(items)} children"

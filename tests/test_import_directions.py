@@ -16,11 +16,17 @@ FILES = sorted(
 
 # A unit is a module or folder of the monitor. It may import the units of its own tier and of those above it here.
 TIERS = (
-    {"config", "functional", "residual_stream", "sampling", "snapshot", "warning"},
-    {"accumulator", "capture", "delivery", "masks", "metrics", "notices", "positions", "run_info", "signatures", "ssm"},
+    {
+        *("config", "functional", "residual_stream", "sampling", "snapshot", "warning"),
+        *("parts", "readers", "wrappers"),  # what residual_stream knows of architectures
+    },
+    {
+        *("accumulator", "buffer", "capture", "chain", "delivery", "masks"),
+        *("metrics", "notices", "positions", "run_info", "signatures", "ssm"),
+    },
     {"sinks"},
     {"monitor"},
-    {"demo", "offline", "report", "theory"},
+    {"demo", "inspection", "offline", "report", "theory"},
     {"cli"},
 )
 # `repflow.monitor` itself gathers the public names of the units up to the monitor, for those above it and outside.

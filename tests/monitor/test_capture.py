@@ -286,7 +286,7 @@ def test_a_module_that_runs_at_several_depths() -> None:
 
         def forward(self, x):
             for _ in range(3):
-                x = x + self.block(x)
+                x = self.block(x)
             return x
 
     model = Shared()

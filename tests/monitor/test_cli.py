@@ -30,6 +30,7 @@ def test_help_names_the_commands():
     assert result.exit_code == 0
     assert "demo" in result.output
     assert "report" in result.output
+    assert "inspect" in result.output
 
 
 def test_version():

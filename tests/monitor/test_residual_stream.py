@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from repflow.monitor import find_residual_stream
+from repflow.monitor import Monitor, MonitorConfig, find_residual_stream
 from repflow.monitor.residual_stream import strip_wrappers
 
 SMALL: dict[str, Any] = dict(
@@ -103,6 +103,40 @@ class HandWritten(nn.Module):
         self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
 
 
+def test_a_decoder_that_is_made_of_an_encoder() -> None:
+    """The first of the two names in a path counts."""
+    bert = transformers.BertConfig(**{**SMALL, "num_hidden_layers": 2})
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(bert, bert)
+    model = transformers.EncoderDecoderModel(config)
+    with pytest.raises(ValueError, match=r"'encoder\.encoder\.layer' .*'decoder\.bert\.encoder\.layer'"):
+        find_residual_stream(model)
+    assert find_residual_stream(model, stream="encoder").blocks[1].name == "encoder.encoder.layer.1"
+    assert find_residual_stream(model, stream="decoder").blocks[1].name == "decoder.bert.encoder.layer.1"
+
+
+def blocks_of(number: int) -> nn.ModuleList:
+    return nn.ModuleList([nn.Sequential(nn.Linear(2, 2)) for _ in range(number)])
+
+
+def test_other_modalities_are_passed_over() -> None:
+    """Also when they are deeper than the model of language, and have an encoder."""
+    model = nn.Module()
+    model.vision_tower = nn.Module()
+    model.vision_tower.encoder = blocks_of(6)
+    model.decoder = blocks_of(2)
+    assert find_residual_stream(model).name == "decoder"
+    assert find_residual_stream(model, stream="vision_tower").blocks[5].name == "vision_tower.encoder.5"
+    del model.decoder
+    assert find_residual_stream(model).name == "vision_tower.encoder"
+
+
+def test_blocks_that_are_lists_are_never_called() -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList([blocks_of(2) for _ in range(3)])
+    with pytest.raises(ValueError, match=r"parts of blocks in 'layers', which are lists.*make each block a module"):
+        find_residual_stream(model)
+
+
 def test_longest_list_with_an_inner_structure() -> None:
     stream = find_residual_stream(HandWritten())
     assert stream.name == "trunk"
@@ -120,6 +154,42 @@ def test_torch_transformer_encoder() -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, batch_first=True), 3)
     stream = find_residual_stream(encoder)
     assert (stream.name, [block.kind for block in stream.blocks]) == ("layers", ATTENTION[:3])
+
+
+@pytest.mark.parametrize(("stream", "tokens"), [("encoder", 29), ("decoder", 22)])
+def test_torch_transformer(stream: str, tokens: int) -> None:
+    """Each side by its own padding, `[T, B, D]`."""
+    model = nn.Transformer(16, 2, 2, 2, 32).train()
+    monitor = Monitor(model, MonitorConfig(every_n_steps=1), stream=stream)
+    padding = {"src": torch.zeros(3, 12, dtype=torch.bool), "tgt": torch.zeros(3, 8, dtype=torch.bool)}
+    padding["src"][0, 5:] = padding["tgt"][1, 6:] = True
+    masks = {f"{name}_key_padding_mask": mask for name, mask in padding.items()}
+    with monitor.step(0):
+        model(torch.randn(12, 3, 16), torch.randn(8, 3, 16), **masks).sum().backward()
+    monitor.flush()
+    assert monitor.latest is not None and (monitor.latest.sequences, monitor.latest.tokens) == (3, tokens)
+
+
+def test_evaluation_takes_the_fast_path_of_torch_transformer_encoder_between_sampled_steps() -> None:
+    """Hooks on its layers turn that path off: between sampled steps there must be none."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+    padding = torch.arange(12).expand(3, -1) >= torch.tensor([[5], [12], [9]])
+    x = torch.randn(3, 12, 16)
+
+    def evaluate() -> torch.Tensor:
+        with torch.no_grad():
+            return encoder.eval()(x, src_key_padding_mask=padding)
+
+    bare = evaluate()
+    monitor = Monitor(encoder, MonitorConfig(every_n_steps=2))
+    for step in range(2):
+        with monitor.step(step):
+            encoder.train()(x, src_key_padding_mask=padding).sum().backward()
+            if step:
+                assert torch.equal(evaluate(), bare)
+    assert torch.equal(evaluate(), bare)
+    monitor.flush()
+    assert monitor.latest is not None and monitor.latest.tokens == 5 + 12 + 9
 
 
 def test_blocks_as_a_path_and_as_modules() -> None:
