@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.utils.hooks import RemovableHandle
 
-from repflow.monitor.masks import CallMasks, MaskReader, token_groups
-from repflow.monitor.residual_stream import ResidualStream
+from repflow.monitor.masks import CallMasks, ToldMasks, token_groups
+from repflow.monitor.residual_stream import Block, ResidualStream
 from repflow.monitor.sampling import Selection
+from repflow.monitor.taps import Read, Taps
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,26 +108,8 @@ class _Forward:
 
 
 @dataclass(eq=False)
-class _Hook:
-    """A hook that stays with its module: copying or pickling a hooked model must not take the monitor along."""
-
-    call: Callable[..., None] | None
-
-    def __call__(self, *args: Any) -> None:
-        # A compiler that traces the model must find nothing here to trace.
-        if self.call is not None and not torch.compiler.is_compiling():
-            self.call(*args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
-        return _Hook(None)
-
-    def __reduce__(self) -> tuple[type["_Hook"], tuple[None]]:
-        return _Hook, (None,)
-
-
-@dataclass(eq=False)
 class Capture:
-    """Hooks on a stream that are there only between `arm` and `disarm`.
+    """Taps on a stream, that read it between `arm` and `disarm`.
 
     Recorded is each forward that begins with gradients enabled and the model in training mode. Not recorded:
     evaluation, `generate()`, forwards under no_grad, and what activation checkpointing recomputes during backward.
@@ -144,60 +126,86 @@ class Capture:
     """Called at the end of each recorded forward, inside the last hook."""
     run: Callable[..., None]
     """Calls every hook, its first argument, with the others: must let no exception out."""
+    resident: bool = False
+    """The taps stay on the model until `remove`, for it is compiled; otherwise they are there between the two."""
     ignored: Counter[str] = field(default_factory=Counter)
-    _handles: list[RemovableHandle] = field(default_factory=list)
+    _taps: Taps | None = None
     _entry: _Entry | None = None
     _forward: _Forward | None = None
     _mask: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        if self.resident:
+            self._taps = self._tap()
+
     def arm(self, mask: Tensor | None) -> None:
-        """Register the hooks. `mask` replaces the masks that the model receives."""
+        """Begin to record. `mask` replaces the masks that the model receives."""
         self.disarm()
         self.ignored.clear()
         self._mask = mask
-        for depth, module in enumerate(self.stream.ancestors):
-            hook = self._hook(self._enter, depth, MaskReader(module))
-            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        first = self.stream.blocks[0].module
-        self._handles.append(first.register_forward_pre_hook(self._hook(self._begin), with_kwargs=True))
-        indices: dict[Module, list[int]] = {}
-        for block in self.stream.blocks[: -1 if self.final_norm else None]:
-            indices.setdefault(block.module, []).append(block.index)
-        for module, owned in indices.items():
-            self._handles.append(module.register_forward_hook(self._hook(self._leave, owned)))
-        if self.final_norm and self.stream.final_norm is not None:
-            hook = self._hook(self._leave, [len(self.stream) - 1])
-            self._handles.append(self.stream.final_norm.register_forward_hook(hook))
+        self._taps = self._taps or self._tap()
+        self._taps.arm()
 
     def disarm(self) -> None:
-        """Remove the hooks. A forward that is under way is dropped."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        """Record no more. A forward that is under way is dropped."""
+        if self.resident and self._taps is not None:
+            self._taps.disarm()
+        else:
+            self.remove()
         if self._forward is not None:
             self.ignored["forwards that did not pass through all blocks"] += 1
         self._entry = self._forward = self._mask = None
 
-    def _hook(self, call: Callable[..., None], *args: Any) -> _Hook:
-        return _Hook(functools.partial(self.run, call, *args))
+    def remedy(self) -> str:
+        """What to do about a compiled model of which nothing is seen."""
+        if self.resident:
+            return (
+                "A compiled model must not have run before it is monitored: make the monitor first, or call "
+                "torch.compiler.reset() after making it"
+            )
+        return "If the model is compiled, make the monitor with compiled=True, before the model first runs"
 
-    def _enter(
-        self, depth: int, read: MaskReader, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def remove(self) -> None:
+        """Leave nothing on the model."""
+        if self._taps is not None:
+            self._taps.remove()
+        self._taps = None
+
+    def _tap(self) -> Taps:
+        taps, call = Taps(resident=self.resident), self._call
+        for depth, module in enumerate(self.stream.ancestors):
+            taps.on_masks(module, call(self._enter, depth, module))
+        first = self.stream.blocks[0]
+        taps.on_entry(first.module, first.reader.entry, call(self._begin, first.module))
+        indices: dict[Module, list[Block]] = {}
+        for block in self.stream.blocks[: -1 if self.final_norm else None]:
+            indices.setdefault(block.module, []).append(block)
+        for module, blocks in indices.items():
+            taps.on_exit(module, blocks[0].reader.exit, call(self._leave, [block.index for block in blocks]))
+        if self.final_norm and self.stream.final_norm is not None:
+            last = self.stream.blocks[-1]
+            taps.on_exit(self.stream.final_norm, last.reader.exit, call(self._leave, [last.index]))
+        return taps
+
+    def _call(self, call: Callable[..., None], *args: Any) -> Callable[..., None]:
+        return functools.partial(self.run, call, *args)
+
+    def _enter(self, depth: int, module: Module, read: Read[ToldMasks]) -> None:
         """A module that contains the blocks is called: remember the mode and the masks."""
         if _in_backward():
             return
         inside = self._entry is not None and self._entry.depth < depth
         outer = self._entry.masks if inside and self._entry is not None else CallMasks()
-        self._entry = _Entry(depth, torch.is_grad_enabled(), module.training, read(args, kwargs, outer))
+        grad, told = read()
+        self._entry = _Entry(depth, grad, module.training, told.within(outer))
 
-    def _begin(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, module: Module, read: Read[Tensor]) -> None:
         """The first block is called: decide whether to record, and take h^(0)."""
         if _in_backward():
             return
         if self._runs_again(module):
             return
-        entry, self._entry = self._entry or _Entry(0, torch.is_grad_enabled(), module.training), None
+        entry, self._entry = self._entry or _Entry(0, read()[0], module.training), None
         if self._forward is not None:
             self.ignored["forwards that did not pass through all blocks"] += 1
             self._forward = None
@@ -206,14 +214,13 @@ class Capture:
         elif not entry.training:
             self.ignored["forwards in evaluation mode"] += 1
         else:
-            block = self.stream.blocks[0]
-            state = block.reader.entry(args, kwargs).detach()
+            state = read()[1]
             masks = CallMasks(self._mask) if self._mask is not None else entry.masks
             self._forward = self._start(state, masks)
             if self._forward is not None:
                 self._store(self._forward, state)
 
-    def _leave(self, owned: list[int], module: Module, args: tuple[Any, ...], output: Any) -> None:
+    def _leave(self, owned: list[int], read: Read[Tensor]) -> None:
         """Block l returns: take h^(l+1).
 
         `owned` are the positions of this module in the stream, several if it is shared.
@@ -227,7 +234,7 @@ class Capture:
             what = f"'{self._name(owned[0])}' where '{self._name(index)}' was expected"
             self.ignored[f"forwards that ran {what}"] += 1
             return
-        self._store(forward, self.stream.blocks[index].reader.exit(output).detach())
+        self._store(forward, read()[1])
         if forward.filled == len(self.stream) + 1:
             self._forward = None
             selection = forward.selections[forward.view.device]

@@ -21,6 +21,7 @@ from repflow.monitor.run_info import describe_run
 from repflow.monitor.sampling import Schedule, Selection, select
 from repflow.monitor.sinks import AbstractSink, FanOutSink
 from repflow.monitor.snapshot import RunInfo, Snapshot, SumLayout
+from repflow.monitor.taps import is_compiled
 from repflow.monitor.warning import warn
 
 
@@ -38,7 +39,8 @@ class Monitor:
     monitor.close()
     ```
 
-    Between sampled steps nothing of it is on the model. Whatever fails while measuring is warned about once and
+    Between sampled steps nothing of it is on the model, unless the model is compiled: then taps are in its graph until
+    `close`, which do nothing on those steps (see `MonitorConfig.compiled`). Whatever fails while measuring is warned about once and
     switched off; training goes on, bit for bit as without the monitor.
 
     Args:
@@ -92,6 +94,7 @@ class Monitor:
             choose=self._choose,
             on_forward=self._add,
             run=self._run,
+            resident=is_compiled(model) if self.config.compiled == "auto" else self.config.compiled,
         )
 
     @property
@@ -187,6 +190,7 @@ class Monitor:
         """`flush`, close the sinks and give the memory back. May be called more than once."""
         self.flush()
         self._run(self._capture.disarm)
+        self._run(self._capture.remove)
         self._capture.buffer.release()
         self._enabled = False
         self._run(self._sink.close)
@@ -255,7 +259,7 @@ class Monitor:
         seen = ", ".join(f"{number} {what}" for what, number in ignored.items()) or "no forward at all"
         self._warn(
             f"recorded nothing on step {step.number}: expected a training-mode forward with gradients through "
-            f"'{self.stream.blocks[0].name}', saw {seen}. If the model is compiled, monitor it uncompiled; if other "
+            f"'{self.stream.blocks[0].name}', saw {seen}. {self._capture.remedy()}; if other "
             "blocks run, or in another order, pass blocks=[...] in the order in which they run",
             key="recorded nothing",
         )
