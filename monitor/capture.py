@@ -14,7 +14,7 @@ from torch.nn import Module
 from repflow.monitor.masks import CallMasks, ToldMasks, token_groups
 from repflow.monitor.residual_stream import Block, ResidualStream
 from repflow.monitor.sampling import Selection
-from repflow.monitor.taps import Read, Taps
+from repflow.monitor.taps import Read, Taps, outside_graphs
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +135,7 @@ class Capture:
     _mask: Tensor | None = None
 
     def __post_init__(self) -> None:
+        self.run = outside_graphs(self.run, resident=self.resident)
         if self.resident:
             self._taps = self._tap()
 

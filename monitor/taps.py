@@ -9,6 +9,7 @@ and changes without a graph break and without a recompilation.
 
 import functools
 import itertools
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar, no_type_check
@@ -34,6 +35,21 @@ def is_compiled(model: Module) -> bool:
         "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()
     )
+
+
+def outside_graphs(run: Callable[..., None], *, resident: bool) -> Callable[..., None]:
+    """`run`, which calls every receiver, as something that no compiler looks into.
+
+    The hooks of the outermost compiled module are called by Python, but under the eyes of the compiler: it would make
+    graphs of them, one for each kind and shape of state. It is told to leave them alone there. Where compiled code
+    calls a module, its hooks are traced with it all the same.
+    """
+    if not resident and "torch._dynamo" not in sys.modules:
+        return run  # nothing is compiled yet, and the compiler takes a second to import
+    import torch._dynamo.eval_frame
+
+    torch._dynamo.eval_frame.skip_code(_Tap.__call__.__code__)
+    return torch.compiler.disable(run)
 
 
 class Taps:
@@ -81,9 +97,6 @@ class Taps:
         self, register: Callable[..., RemovableHandle], kind: type["_Tap"], read: Any, receive: Any, **options: Any
     ) -> None:
         number = next(_NUMBERS)
-        if self._order is not None:
-            _run_outside_graphs(_Tap.__call__)
-            receive = torch.compiler.disable(receive)
         self._receivers[number] = receive
         self._handles.append(register(kind(number, read, self._order), **options))
 
@@ -158,17 +171,6 @@ _ARMED: dict[int, Callable[..., None]] = {}
 """Receivers of the armed taps by number: what an operator of a compiled graph can reach is a number and this module."""
 
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
-
-
-def _run_outside_graphs(hook: Callable[..., None]) -> None:
-    """Run `hook` as it is where it is called by no compiled code, but from inside of `torch.compile`.
-
-    That is so for the hooks of the outermost compiled module. They would become graphs of their own otherwise, one for
-    each kind and shape. Where the module is called by compiled code, the hook is traced with it all the same.
-    """
-    import torch._dynamo.eval_frame
-
-    torch._dynamo.eval_frame.skip_code(hook.__code__)
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

@@ -131,7 +131,7 @@ def test_copies_of_a_hooked_model_leave_the_monitor_behind() -> None:
         toy.loss_of(model, toy.batch()).backward()
     monitor.flush()
     assert monitor.latest is not None and monitor.latest.tokens == 48
-    assert loaded.call is None
+    assert loaded.read is None
 
 
 def test_mask_of_the_model() -> None:
