@@ -162,7 +162,8 @@ class Capture:
         if self.resident:
             return (
                 "A compiled model must not have run before it is monitored: make the monitor first, or call "
-                "torch.compiler.reset() after making it"
+                "torch.compiler.reset() after making it. Beside another compiled model of its class, set "
+                "torch._dynamo.config.skip_nnmodule_hook_guards = False before either runs"
             )
         return "If the model is compiled, make the monitor with compiled=True, before the model first runs"
 

@@ -40,8 +40,9 @@ class Monitor:
     ```
 
     Between sampled steps nothing of it is on the model, unless the model is compiled: then taps are in its graph until
-    `close`, which do nothing on those steps (see `MonitorConfig.compiled`). Whatever fails while measuring is warned about once and
-    switched off; training goes on, bit for bit as without the monitor.
+    `close`, which do nothing on those steps (see `MonitorConfig.compiled`). Whatever fails while measuring is warned
+    about once and switched off; training goes on, bit for bit as without the monitor. A compiled model may round
+    differently where the compiler fuses other operations around the taps.
 
     Args:
         model: what is trained; it may be wrapped.

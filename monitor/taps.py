@@ -12,7 +12,7 @@ import itertools
 import sys
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar, no_type_check
+from typing import Any, TypeVar, cast, no_type_check
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def outside_graphs(run: Callable[..., None], *, resident: bool) -> Callable[...,
     import torch._dynamo.eval_frame
 
     torch._dynamo.eval_frame.skip_code(_Tap.__call__.__code__)
-    return torch.compiler.disable(run)
+    return cast(Callable[..., None], torch.compiler.disable(run))
 
 
 class Taps:
@@ -206,8 +206,9 @@ def _tap_masks(
     receive = _ARMED.get(int(marker))
     if receive is not None:
         # Copies: the graph reuses the memory of what it is done with, and masks are needed at the end of the forward.
-        kept = [None if mask is None else mask.clone() for mask in (padding, position_ids)]
-        receive(lambda: (grad, ToldMasks(*kept, tells_padding, tells_positions)))
+        padding, position_ids = (None if mask is None else mask.clone() for mask in (padding, position_ids))
+        told = ToldMasks(padding, position_ids, tells_padding, tells_positions)
+        receive(lambda: (grad, told))
 
 
 _OPERATORS = {

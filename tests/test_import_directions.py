@@ -17,7 +17,18 @@ FILES = sorted(
 # A unit is a module or folder of the monitor. It may import the units of its own tier and of those above it here.
 TIERS = (
     {"config", "functional", "residual_stream", "sampling", "snapshot", "warning"},
-    {"accumulator", "capture", "delivery", "masks", "metrics", "notices", "positions", "run_info", "signatures", "taps"},
+    {
+        "accumulator",
+        "capture",
+        "delivery",
+        "masks",
+        "metrics",
+        "notices",
+        "positions",
+        "run_info",
+        "signatures",
+        "taps",
+    },
     {"sinks"},
     {"monitor"},
     {"demo", "offline", "report", "theory"},

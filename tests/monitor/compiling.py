@@ -3,13 +3,12 @@
 from typing import Any
 
 import torch
-from torch import nn
 from torch._dynamo.utils import counters
 
 STYLES = ("whole", "in place", "fullgraph", "each block", "each block wrapped")
 
 
-def compile_model(model: Any, style: str, **options: Any) -> nn.Module:
+def compile_model(model: Any, style: str, **options: Any) -> Any:
     """`model` or its blocks, compiled; what the training loop calls is returned."""
     if style == "whole":
         return torch.compile(model, **options)

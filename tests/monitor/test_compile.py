@@ -1,4 +1,4 @@
-"""Compiled models: sampled steps are recorded out of the compiled graphs, which stay as they are without the monitor."""
+"""Compiled models: sampled steps are recorded from inside of the graphs, which stay as they are without the monitor."""
 
 import copy
 import gc
@@ -141,7 +141,7 @@ def test_inductor_reads_states_before_they_change_in_place(tmp_path, monkeypatch
     expected = toy.loss_of(model, ids)
     expected.backward()
     # The dropout of eager mode.
-    compiled = torch.compile(plain, fullgraph=True, options={"fallback_random": True})
+    compiled = compile_model(plain, "fullgraph", options={"fallback_random": True})
     monitor, seen = monitored(compiled)
     torch.manual_seed(0)
     with monitor.step(0):
@@ -166,10 +166,10 @@ def test_only_training_forwards_with_gradients() -> None:
             model.train()
 
     model = toy.Toy()
-    forwards(torch.compile(model, backend="eager", fullgraph=True))
+    forwards(compile_model(model, "fullgraph", backend="eager"))
     bare = graphs_and_breaks()
     torch.compiler.reset()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled = compile_model(model, "fullgraph", backend="eager")
     monitor, seen = monitored(compiled)
     with monitor.step(0):
         forwards(compiled)
@@ -179,10 +179,10 @@ def test_only_training_forwards_with_gradients() -> None:
 
 def test_a_fault_on_a_sampled_step_leaves_training_alone() -> None:
     torch.manual_seed(0)
-    bare = train(torch.compile(toy.Toy(), backend="eager"))
+    bare = train(compile_model(toy.Toy(), "whole", backend="eager"))
     torch.compiler.reset()
     torch.manual_seed(0)
-    compiled = torch.compile(toy.Toy(), backend="eager")
+    compiled = compile_model(toy.Toy(), "whole", backend="eager")
     monitor = Monitor(compiled, MonitorConfig(every_n_steps=2))
 
     def fail(*_: object) -> None:
@@ -212,7 +212,7 @@ def test_states_that_an_operator_cannot_take_are_said() -> None:
                 box = block(box)
             return box["x"]
 
-    compiled = torch.compile(Model(), backend="eager", fullgraph=True)
+    compiled = compile_model(Model(), "fullgraph", backend="eager")
     monitor = Monitor(compiled, MonitorConfig(every_n_steps=1))
     with pytest.warns(RuntimeWarning, match="takes and returns its state as a plain floating tensor"):
         for step in range(2):
@@ -229,7 +229,7 @@ def test_what_the_compiler_cannot_know_of_is_said(first, remedy) -> None:
     """A monitor before `torch.compile`, without saying so, and a monitor after the first run: the remedies work."""
     model = toy.Toy()
     monitor = Monitor(model, MonitorConfig(every_n_steps=1)) if first == "monitor" else None
-    compiled = torch.compile(model, backend="eager")
+    compiled = compile_model(model, "whole", backend="eager")
     if monitor is None:
         toy.loss_of(compiled, toy.batch()).backward()
         monitor = Monitor(compiled, MonitorConfig(every_n_steps=1))
@@ -248,6 +248,21 @@ def test_what_the_compiler_cannot_know_of_is_said(first, remedy) -> None:
     assert monitor.latest is not None and monitor.latest.step == 3
 
 
+@pytest.mark.parametrize("guards", [False, True])
+def test_two_compiled_models_of_one_class(guards) -> None:
+    """The compiler takes the graph of the one without hooks for both, unless it is told to look at hooks."""
+    other, model = (compile_model(toy.Toy(), "in place", backend="eager") for _ in range(2))
+    monitor, seen = monitored(model, every_n_steps=1)
+    said = nullcontext() if guards else pytest.warns(RuntimeWarning, match="skip_nnmodule_hook_guards = False")
+    with said, torch._dynamo.config.patch(skip_nnmodule_hook_guards=not guards):
+        for step in range(3):
+            toy.loss_of(other, toy.batch()).backward()
+            with monitor.step(step):
+                toy.loss_of(model, toy.batch()).backward()
+        monitor.flush()
+    assert len(seen) == (3 if guards else 0)
+
+
 def test_a_compiled_function_around_the_model() -> None:
     model = toy.Toy()
     monitor, seen = monitored(model, compiled=True)
@@ -260,7 +275,7 @@ def test_a_compiled_function_around_the_model() -> None:
 def test_copies_of_a_tapped_model_leave_the_monitor_behind() -> None:
     """EMA copies and checkpoints of whole models, compiled again or not, record nothing and hold nothing."""
     model = toy.Toy()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled = compile_model(model, "fullgraph", backend="eager")
     monitor, seen = monitored(compiled)
     file = io.BytesIO()
     with monitor.step(0):
@@ -268,7 +283,7 @@ def test_copies_of_a_tapped_model_leave_the_monitor_behind() -> None:
         torch.save(model, file)
         file.seek(0)
         clones = copy.deepcopy(model), torch.load(file, weights_only=False)
-        again = [torch.compile(clone, backend="eager", fullgraph=True) for clone in clones]
+        again = [compile_model(clone, "fullgraph", backend="eager") for clone in clones]
         for clone in (*clones, *again, copy.deepcopy(compiled)):
             toy.loss_of(clone, toy.batch(rows=9)).backward()
     assert len(seen) == 1
@@ -276,7 +291,7 @@ def test_copies_of_a_tapped_model_leave_the_monitor_behind() -> None:
 
 def test_a_cell_that_is_run_again() -> None:
     """Monitors may follow each other and run side by side; one that is dropped leaves no hook behind."""
-    compiled = torch.compile(toy.Toy(), backend="eager", fullgraph=True)
+    compiled = compile_model(toy.Toy(), "fullgraph", backend="eager")
     first, seen_first = monitored(compiled)
     installed = hooks(compiled)
     second, seen_second = monitored(compiled)
@@ -312,7 +327,7 @@ def test_compiled_models_are_told() -> None:
 
 
 def test_compiled_false_leaves_the_model_alone() -> None:
-    compiled = torch.compile(toy.Toy(), backend="eager", fullgraph=True)
+    compiled = compile_model(toy.Toy(), "fullgraph", backend="eager")
     monitor = Monitor(compiled, MonitorConfig(every_n_steps=2, compiled=False))
     assert hooks(compiled) == 0
     with monitor.step(1):
@@ -325,7 +340,7 @@ def test_llama_with_padding_under_autocast() -> None:
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
     )
-    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16).train()
+    model: Any = transformers.LlamaForCausalLM(config).bfloat16().train()
     ids = torch.arange(3, 23).view(2, 10)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
