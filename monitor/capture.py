@@ -157,16 +157,6 @@ class Capture:
             self.ignored["forwards that did not pass through all blocks"] += 1
         self._entry = self._forward = self._mask = None
 
-    def remedy(self) -> str:
-        """What to do about a compiled model of which nothing is seen."""
-        if self.resident:
-            return (
-                "A compiled model must not have run before it is monitored: make the monitor first, or call "
-                "torch.compiler.reset() after making it. Beside another compiled model of its class, set "
-                "torch._dynamo.config.skip_nnmodule_hook_guards = False before either runs"
-            )
-        return "If the model is compiled, make the monitor with compiled=True, before the model first runs"
-
     def remove(self) -> None:
         """Leave nothing on the model."""
         if self._taps is not None:

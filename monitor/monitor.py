@@ -15,7 +15,7 @@ from repflow.monitor.accumulator import Accumulator
 from repflow.monitor.capture import Capture, CaptureBuffer, CapturedForward
 from repflow.monitor.config import Metric, MonitorConfig
 from repflow.monitor.delivery import Delivery, MeasuredStep, on_device
-from repflow.monitor.notices import misread_mask, short_sequences
+from repflow.monitor.notices import if_compiled, misread_mask, short_sequences
 from repflow.monitor.residual_stream import ResidualStream, find_residual_stream
 from repflow.monitor.run_info import describe_run
 from repflow.monitor.sampling import Schedule, Selection, select
@@ -260,7 +260,7 @@ class Monitor:
         seen = ", ".join(f"{number} {what}" for what, number in ignored.items()) or "no forward at all"
         self._warn(
             f"recorded nothing on step {step.number}: expected a training-mode forward with gradients through "
-            f"'{self.stream.blocks[0].name}', saw {seen}. {self._capture.remedy()}; if other "
+            f"'{self.stream.blocks[0].name}', saw {seen}. {if_compiled(self._capture.resident)}; if other "
             "blocks run, or in another order, pass blocks=[...] in the order in which they run",
             key="recorded nothing",
         )

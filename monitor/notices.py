@@ -29,3 +29,14 @@ def short_sequences(snapshot: Snapshot, sums: dict[str, Tensor], estimator: Esti
         f"expected sequences of at least {needed} valid tokens, but none of {snapshot.sequences} on step "
         f"{snapshot.step} is that long: {missing} NaN; look at the batch, its mask and skip_first_tokens"
     )
+
+
+def if_compiled(resident: bool) -> str:
+    """What to do about a compiled model of which nothing was seen; `resident`: it had taps."""
+    if not resident:
+        return "If the model is compiled, make the monitor with compiled=True, before the model first runs"
+    return (
+        "A compiled model must not have run before it is monitored: make the monitor first, or call "
+        "torch.compiler.reset() after making it. Beside another compiled model of its class, set "
+        "torch._dynamo.config.skip_nnmodule_hook_guards = False before either runs"
+    )
