@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,9 +93,12 @@ class RepresentationMonitor(Callback):
             own = [] if getattr(trainer, "fast_dev_run", False) else [RunFileSink()]
         self._scalars = _CallbackMetricsSink(trainer if trainer.world_size == 1 else None)
         sinks = [*own, LoggerSink(lambda: trainer.loggers, states=self._log_states), self._scalars]
+        config = self.config
+        if config.compiled == "auto" and getattr(pl_module, "_compiler_ctx", None) is not None:
+            config = replace(config, compiled=True)  # torch.compile(module), of which the trainer passes the module on
         self.monitor = Monitor(
             pl_module,
-            self.config,
+            config,
             sinks=sinks,
             blocks=self._blocks,
             stream=self._stream,

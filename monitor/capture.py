@@ -2,20 +2,20 @@
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.utils.hooks import RemovableHandle
 
 from repflow.monitor.buffer import CaptureBuffer
 from repflow.monitor.chain import Chain
-from repflow.monitor.masks import CallMasks, MaskReader, token_groups
-from repflow.monitor.residual_stream import ResidualStream
+from repflow.monitor.masks import CallMasks, ToldMasks, token_groups
+from repflow.monitor.residual_stream import Block, ResidualStream
 from repflow.monitor.sampling import Selection
+from repflow.monitor.taps import Read, Taps, outside_graphs
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,26 +69,8 @@ class Recording:
 
 
 @dataclass(eq=False)
-class _Hook:
-    """A hook that stays with its module: copying or pickling a hooked model must not take the monitor along."""
-
-    call: Callable[..., None] | None
-
-    def __call__(self, *args: Any) -> None:
-        # A compiler that traces the model must find nothing here to trace.
-        if self.call is not None and not torch.compiler.is_compiling():
-            self.call(*args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
-        return _Hook(None)
-
-    def __reduce__(self) -> tuple[type["_Hook"], tuple[None]]:
-        return _Hook, (None,)
-
-
-@dataclass(eq=False)
 class Capture:
-    """Hooks on a stream that are there only between `arm` and `disarm`.
+    """Taps on a stream, that read it between `arm` and `disarm`.
 
     Recorded is each forward that begins with gradients enabled and the model in training mode. Not recorded:
     evaluation, `generate()`, forwards under no_grad, and what activation checkpointing recomputes during backward.
@@ -105,74 +87,93 @@ class Capture:
     """Called at the end of each recorded forward, inside the last hook."""
     run: Callable[..., None]
     """Calls every hook, its first argument, with the others: must let no exception out."""
-    taps: Callable[[], Iterable[tuple[Module, Callable[[Recording, Tensor], None]]]] = tuple
+    resident: bool = False
+    """The taps stay on the model until `remove`, for it is compiled; otherwise they are there between the two."""
+    inner: Sequence[tuple[Module, Callable[[Recording, Tensor], None]]] = ()
     """Modules inside of blocks, and what to call with the recorded forward and what the module returned."""
     ignored: Counter[str] = field(default_factory=Counter)
     broken: str | None = None
     """How the chain of blocks broke since `arm`: those forwards were left out."""
     _chain: Chain = field(init=False)
-    _handles: list[RemovableHandle] = field(default_factory=list)
+    _taps: Taps | None = None
     _entry: _Entry | None = None
     _forward: Recording | None = None
     _mask: Tensor | None = None
 
     def __post_init__(self) -> None:
         self._chain = Chain(self.stream)
+        self.run = outside_graphs(self.run, resident=self.resident)
+        if self.resident:
+            self._taps = self._tap()
 
     def arm(self, mask: Tensor | None) -> None:
-        """Register the hooks. `mask` replaces the masks that the model receives."""
+        """Begin to record. `mask` replaces the masks that the model receives."""
         self.disarm()
         self.ignored.clear()
         self.broken = None
         self._mask = mask
-        for depth, module in enumerate(self.stream.ancestors):
-            hook = self._hook(self._enter, depth, MaskReader(module))
-            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        first = self.stream.blocks[0].module
-        self._handles.append(first.register_forward_pre_hook(self._hook(self._begin), with_kwargs=True))
-        indices: dict[Module, list[int]] = {}
-        for block in self.stream.blocks[: -1 if self.final_norm else None]:
-            indices.setdefault(block.module, []).append(block.index)
-        if not self._chain.verified:
-            for module in dict.fromkeys(block.module for block in self.stream.blocks[1:]):
-                hook = self._hook(self._follow)
-                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        for module, owned in indices.items():
-            self._handles.append(module.register_forward_hook(self._hook(self._leave, owned)))
-        if self.final_norm and self.stream.final_norm is not None:
-            hook = self._hook(self._leave, [len(self.stream) - 1])
-            self._handles.append(self.stream.final_norm.register_forward_hook(hook))
-        for module, read in self.taps():
-            self._handles.append(module.register_forward_hook(self._hook(self._tap, read)))
+        self._taps = self._taps or self._tap()
+        self._taps.arm()
 
     def disarm(self) -> None:
-        """Remove the hooks. A forward that is under way is dropped."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        """Record no more. A forward that is under way is dropped."""
+        if self.resident and self._taps is not None:
+            self._taps.disarm()
+        else:
+            self.remove()
         if self._forward is not None:
             self._count_incomplete(self._forward)
         self._chain.end()
         self._entry = self._forward = self._mask = None
 
-    def _hook(self, call: Callable[..., None], *args: Any) -> _Hook:
-        return _Hook(functools.partial(self.run, call, *args))
+    def remove(self) -> None:
+        """Leave nothing on the model."""
+        if self._taps is not None:
+            self._taps.remove()
+        self._taps = None
 
-    def _enter(
-        self, depth: int, read: MaskReader, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _tap(self) -> Taps:
+        taps, call = Taps(resident=self.resident), self._call
+        for depth, module in enumerate(self.stream.ancestors):
+            taps.on_masks(module, call(self._enter, depth, module))
+        first = self.stream.blocks[0]
+        taps.on_entry(first.module, first.reader.entry, call(self._begin, first.module))
+        indices: dict[Module, list[Block]] = {}
+        for block in self.stream.blocks[: -1 if self.final_norm else None]:
+            indices.setdefault(block.module, []).append(block)
+        for module, blocks in indices.items():
+            taps.on_exit(module, blocks[0].reader.exit, call(self._leave, [block.index for block in blocks]))
+        if self.final_norm and self.stream.final_norm is not None:
+            last = self.stream.blocks[-1]
+            taps.on_exit(self.stream.final_norm, last.reader.exit, call(self._leave, [last.index]))
+        if self._follows_chain():
+            for block in self.stream.blocks[1:]:
+                taps.on_entry(block.module, block.reader.entry, call(self._follow, block.module))
+        for module, use in self.inner:
+            taps.on_exit(module, _itself, call(self._look_inside, use))
+        return taps
+
+    def _follows_chain(self) -> bool:
+        """Whether to hold each block against the one before it: once, and not inside of graphs, which fuse them."""
+        return not self.resident and not self._chain.verified
+
+    def _call(self, call: Callable[..., None], *args: Any) -> Callable[..., None]:
+        return functools.partial(self.run, call, *args)
+
+    def _enter(self, depth: int, module: Module, read: Read[ToldMasks]) -> None:
         """A module that contains the blocks is called: remember the mode and the masks."""
         if _in_backward():
             return
         inside = self._entry is not None and self._entry.depth < depth
         outer = self._entry.masks if inside and self._entry is not None else CallMasks()
-        self._entry = _Entry(depth, torch.is_grad_enabled(), module.training, read(args, kwargs, outer))
+        grad, told = read()
+        self._entry = _Entry(depth, grad, module.training, told.within(outer))
 
-    def _begin(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, module: Module, read: Read[Tensor]) -> None:
         """The first block is called: decide whether to record, and take h^(0)."""
         if _in_backward() or self._runs_again(module):
             return
-        entry, self._entry = self._entry or _Entry(0, torch.is_grad_enabled(), module.training), None
+        entry, self._entry = self._entry or _Entry(0, read()[0], module.training), None
         if self._forward is not None:
             self._count_incomplete(self._forward)
             self._forward = None
@@ -181,16 +182,15 @@ class Capture:
         elif not entry.training:
             self.ignored["forwards in evaluation mode"] += 1
         else:
-            block = self.stream.blocks[0]
-            state = block.reader.entry(args, kwargs).detach()
-            if not self._chain.verified:
+            state = read()[1]
+            if self._follows_chain():
                 self._chain.begin(state)
             masks = CallMasks(self._mask) if self._mask is not None else entry.masks
             self._forward = self._start(state, masks)
             if self._forward is not None:
                 self._store(self._forward, state)
 
-    def _leave(self, owned: list[int], module: Module, args: tuple[Any, ...], output: Any) -> None:
+    def _leave(self, owned: list[int], read: Read[Tensor]) -> None:
         """Block l returns: take h^(l+1).
 
         `owned` are the positions of this module in the stream, several if it is shared.
@@ -204,8 +204,8 @@ class Capture:
             what = f"'{self._name(owned[0])}' where '{self._name(index)}' was expected"
             self.ignored[f"forwards that ran {what}"] += 1
             return
-        state = self.stream.blocks[index].reader.exit(output).detach()
-        if not self._chain.verified:
+        state = read()[1]
+        if self._follows_chain():
             self._chain.left(index, state)
         self._store(forward, state)
         if forward.filled == len(self.stream) + 1:
@@ -213,18 +213,17 @@ class Capture:
             selection = forward.selection(forward.view.device)
             self.on_forward(CapturedForward(forward.view, forward.mask, selection, forward.shape[:2]))
 
-    def _tap(self, read: Callable[..., None], module: Module, args: tuple[Any, ...], output: Any) -> None:
+    def _look_inside(self, use: Callable[[Recording, Tensor], None], read: Read[Tensor]) -> None:
         if self._forward is not None and not _in_backward():
-            read(self._forward, output)
+            use(self._forward, read()[1])
 
-    def _follow(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _follow(self, module: Module, read: Read[Tensor]) -> None:
         """A block but the first is called: it must take what the one before it returned."""
         forward = self._forward
         index = 0 if forward is None else forward.filled - 1
         if self._chain.verified or index == 0 or self.stream.blocks[index].module is not module or _in_backward():
             return  # blocks in another order are told when they return
-        state = self.stream.blocks[index].reader.entry(args, kwargs).detach()
-        if broken := self._chain.broken(index, state):
+        if broken := self._chain.broken(index, read()[1]):
             self._forward = None
             self.broken = broken
             self.ignored[f"forwards in which {broken}"] += 1
@@ -294,3 +293,7 @@ class Capture:
 def _in_backward() -> bool:
     """Whether autograd is running: activation checkpointing then repeats forwards. Grad mode does not tell."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _itself(output: Tensor) -> Tensor:
+    return output

@@ -8,6 +8,7 @@ from repflow.triton_kernels.hsic import Estimator
 
 Metric = Literal["inter_token", "adjacent", "variation", "cka", "ssm"]
 StatesConvention = Literal["residual", "hf"]
+Compiled = Literal["auto"] | bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,12 @@ class MonitorConfig:
     """
     cka_estimator: Estimator = "unbiased"
     """Estimator of HSIC; see `repflow.monitor.functional.layer_cka`."""
+    compiled: Compiled = "auto"
+    """Whether the model runs under `torch.compile`, so that the compiler must find the monitor's taps in it.
+
+    `auto`: if the model or one of its modules is compiled when the monitor is made. True: for a model that will be
+    compiled later, or inside of a compiled function, which the monitor cannot see. False: leave the model alone.
+    """
     seed: int = 0
     """Chooses sequences and tokens, together with the step. Independent of every other random state."""
 
@@ -66,6 +73,8 @@ class MonitorConfig:
             _check_choice("metrics", metric, get_args(Metric))
         _check_choice("states", self.states, get_args(StatesConvention))
         _check_choice("cka_estimator", self.cka_estimator, get_args(Estimator))
+        if not (self.compiled == "auto" or isinstance(self.compiled, bool)):
+            raise ValueError(f'`MonitorConfig`: expected compiled to be "auto", True or False, got {self.compiled!r}')
 
     @classmethod
     def from_options(cls, config: "MonitorConfig | None", options: Mapping[str, Any]) -> "MonitorConfig":

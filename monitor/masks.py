@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 from jaxtyping import Bool, Int, Int64, Shaped
@@ -27,6 +27,23 @@ class CallMasks(NamedTuple):
     """Positions, which start again with each document of a packed row."""
 
 
+class ToldMasks(NamedTuple):
+    """What one call tells by itself: a mask may be told to be None."""
+
+    padding: Shaped[Tensor, "B T"] | None
+    position_ids: Int[Tensor, "B T"] | None
+    tells_padding: bool
+    tells_positions: bool
+
+    def within(self, outer: CallMasks) -> CallMasks:
+        """The masks of the call, where `outer` are those of the call around it."""
+        return CallMasks(
+            self.padding if self.tells_padding else outer.padding,
+            self.position_ids if self.tells_positions else outer.position_ids,
+        )
+
+
+@no_type_check  # compilers trace it
 class MaskReader:
     """Reads the masks of the calls of `module`.
 
@@ -38,16 +55,16 @@ class MaskReader:
     def __init__(self, module: Module) -> None:
         self._parameters = list(inspect.signature(module.forward).parameters)
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], outer: CallMasks) -> CallMasks:
-        """The masks of a call, where `outer` are those of the call around it."""
-        padding = outer.padding
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ToldMasks:
+        """What a call tells. A compiler traces this."""
+        padding, tells_padding = None, False
         for name, convert in PADDING_ARGUMENTS.items():
-            told, value = self._argument(name, args, kwargs)
-            if told:
+            tells_padding, value = self._argument(name, args, kwargs)
+            if tells_padding:
                 padding = None if value is None else convert(value)
                 break
-        told, value = self._argument("position_ids", args, kwargs)
-        return CallMasks(padding, value if told else outer.position_ids)
+        tells_positions, ids = self._argument("position_ids", args, kwargs)
+        return ToldMasks(padding, ids, tells_padding, tells_positions)
 
     def takes_mask(self) -> bool:
         """Whether the module's forward names a mask."""

@@ -17,13 +17,14 @@ from repflow.monitor.buffer import CaptureBuffer
 from repflow.monitor.capture import Capture, CapturedForward
 from repflow.monitor.config import Metric, MonitorConfig
 from repflow.monitor.delivery import Delivery, MeasuredStep
-from repflow.monitor.notices import misread_mask, short_sequences, unread_decays
+from repflow.monitor.notices import if_compiled, misread_mask, short_sequences, unread_decays
 from repflow.monitor.residual_stream import ResidualStream, find_residual_stream
 from repflow.monitor.run_info import describe_run
 from repflow.monitor.sampling import Schedule, Selection, select
 from repflow.monitor.sinks import AbstractSink, FanOutSink
 from repflow.monitor.snapshot import RunInfo, Snapshot
 from repflow.monitor.ssm import DecayTaps
+from repflow.monitor.taps import is_compiled
 from repflow.monitor.warning import warn
 
 
@@ -41,8 +42,10 @@ class Monitor:
     monitor.close()
     ```
 
-    Between sampled steps nothing of it is on the model. Whatever fails while measuring is warned about once and
-    switched off; training goes on, bit for bit as without the monitor.
+    Between sampled steps nothing of it is on the model, unless the model is compiled: then taps are in its graph until
+    `close`, which do nothing on those steps (see `MonitorConfig.compiled`). Whatever fails while measuring is warned
+    about once and switched off; training goes on, bit for bit as without the monitor. A compiled model may round
+    differently where the compiler fuses other operations around the taps.
 
     Args:
         model: what is trained; it may be wrapped.
@@ -89,6 +92,12 @@ class Monitor:
         self._delivery = Delivery()
         self._layout = self.run.layout
         self._late_ms = 0.0  # spent between sampled steps: counted with the next one
+        self._decays = DecayTaps(
+            self.stream,
+            skip_first=self.config.skip_first_tokens,
+            failed=functools.partial(self._drop_metric, "ssm"),
+            timed=lambda device: self._current().timed(device),
+        )
         self._capture = Capture(
             stream=self.stream,
             final_norm=self.config.states == "hf",
@@ -96,15 +105,9 @@ class Monitor:
             choose=self._choose,
             on_forward=self._add,
             run=self._run,
+            resident=is_compiled(model) if self.config.compiled == "auto" else self.config.compiled,
+            inner=self._decays.hooks() if "ssm" in self._metrics else (),
         )
-        self._decays = DecayTaps(
-            self.stream,
-            skip_first=self.config.skip_first_tokens,
-            failed=functools.partial(self._drop_metric, "ssm"),
-            timed=lambda device: self._current().timed(device),
-        )
-        if "ssm" in self._metrics:
-            self._capture.taps = self._decays.hooks
 
     @property
     def enabled(self) -> bool:
@@ -199,6 +202,7 @@ class Monitor:
         """`flush`, close the sinks and give the memory back. May be called more than once."""
         self.flush()
         self._run(self._capture.disarm)
+        self._run(self._capture.remove)
         self._capture.buffer.release()
         self._enabled = False
         self._run(self._sink.close)
@@ -268,7 +272,7 @@ class Monitor:
         seen = ", ".join(f"{number} {what}" for what, number in ignored.items()) or "no forward at all"
         self._warn(
             f"recorded nothing on step {step.number}: expected a training-mode forward with gradients through "
-            f"'{self.stream.blocks[0].name}', saw {seen}. If the model is compiled, monitor it uncompiled; if other "
+            f"'{self.stream.blocks[0].name}', saw {seen}. {if_compiled(self._capture.resident)}; if other "
             "blocks run, or in another order, pass blocks=[...] in the order in which they run",
             key="recorded nothing",
         )

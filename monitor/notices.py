@@ -42,6 +42,17 @@ def unread_decays(snapshot: Snapshot, sums: dict[str, Tensor], run: RunInfo) -> 
     return (
         f"read no Δ on step {snapshot.step} in {len(unread)} of {len(run.ssm_blocks)} state-space blocks, the first "
         f"'{unread[0]}': their ssm_decay and ssm_memory are NaN. Expected in_proj (Mamba-2) or x_proj (Mamba) to run "
-        "as a module: not so in a compiled model, in fused kernels of Mamba, and in mixers without one, as Zamba's; "
+        "as a module: not so in fused kernels of Mamba, and in mixers without one, as Zamba's; "
         "use_fast_path=False lets it run in mamba_ssm's Mamba, at the price of speed"
+    )
+
+
+def if_compiled(resident: bool) -> str:
+    """What to do about a compiled model of which nothing was seen; `resident`: it had taps."""
+    if not resident:
+        return "If the model is compiled, make the monitor with compiled=True, before the model first runs"
+    return (
+        "A compiled model must not have run before it is monitored: make the monitor first, or call "
+        "torch.compiler.reset() after making it. Beside another compiled model of its class, set "
+        "torch._dynamo.config.skip_nnmodule_hook_guards = False before either runs"
     )

@@ -22,7 +22,7 @@ TIERS = (
     },
     {
         *("accumulator", "buffer", "capture", "chain", "delivery", "masks"),
-        *("metrics", "notices", "positions", "run_info", "signatures", "ssm"),
+        *("metrics", "notices", "positions", "run_info", "signatures", "ssm", "taps"),
     },
     {"sinks"},
     {"monitor"},

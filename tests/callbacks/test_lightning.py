@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning
 import pytest
@@ -74,10 +75,10 @@ class Model(LightningModule):
         return torch.optim.AdamW(self.parameters(), 1e-3)
 
 
-def fit(path: Path, *callbacks: Callback, model: Model | None = None, ckpt_path=None, rows: int = 24, **options):
+def fit(path: Path, *callbacks: Callback, model: Any = None, ckpt_path=None, rows: int = 24, **options):
     """Train on `rows` rows in micro-batches of 4, two epochs by default."""
     lightning.seed_everything(3, verbose=False)
-    model = model or Model()
+    model = Model() if model is None else model
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 64, (rows, 10), generator=generator)
     mask = torch.ones_like(ids)
@@ -273,6 +274,24 @@ def test_manual_optimization(tmp_path) -> None:
     sink = Keep()
     fit(tmp_path, RepresentationMonitor(every_n_steps=2, sinks=[sink]), model=Manual(), max_epochs=1)
     assert [s.step for s in sink.snapshots] == [0, 2, 4] and all("loss" in s.scalars for s in sink.snapshots)
+
+
+@pytest.mark.parametrize("part", ["the LightningModule", "the model in it"])
+@pytest.mark.usefixtures("untyped")
+def test_compiled(part, tmp_path) -> None:
+    """The trainer hands a compiled LightningModule on without its wrapper."""
+    torch.compiler.reset()
+    model, keep = Plain(), Keep()
+    if part == "the model in it":
+        model.model.compile(backend="eager", fullgraph=True)
+    compiled = torch.compile(model, backend="eager") if part == "the LightningModule" else model
+    fit(tmp_path, RepresentationMonitor(every_n_steps=2, sinks=[keep]), model=compiled, max_steps=4)
+    assert [snapshot.step for snapshot in keep.snapshots] == [0, 2]
+
+
+class Plain(Model):
+    def training_step(self, batch, index):
+        return self.model(input_ids=batch[0], attention_mask=batch[1], labels=batch[0]).loss
 
 
 def test_errors_come_before_training() -> None:

@@ -44,6 +44,7 @@ def test_frozen_and_keyword_only() -> None:
             "expected metrics among 'inter_token', 'adjacent', 'variation', 'cka', 'ssm', got 'kca'",
         ),
         ("states", "raw", ValueError, "expected states among 'residual', 'hf', got 'raw'"),
+        ("compiled", "yes", ValueError, "expected compiled to be \"auto\", True or False, got 'yes'"),
         ("cka_estimator", "debiased", ValueError, "expected cka_estimator among 'unbiased', 'biased', got 'debiased'"),
     ],
 )

@@ -1,0 +1,227 @@
+"""Hooks that read a model's states, in eager calls and inside compiled graphs.
+
+A compiler traces a hook once and never runs its Python again. A resident tap therefore leaves an opaque operator in the
+graph, which the compiler can neither look into, nor drop, nor move: declared to change a tensor that all taps of a
+model share, it stays, and the taps stay in order. When the graph runs, the operator looks up on the host whether its
+tap is armed, and returns at once if not. What is measured, of which rows and tokens, is thus no business of the graph,
+and changes without a graph break and without a recompilation.
+"""
+
+import functools
+import itertools
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar, cast, no_type_check
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.utils.hooks import RemovableHandle
+
+from repflow.monitor.masks import MaskReader, ToldMasks
+
+_T = TypeVar("_T")
+Read = Callable[[], tuple[bool, _T]]
+"""Gives whether gradients were enabled in a call, and what the tap reads of it."""
+
+
+def is_compiled(model: Module) -> bool:
+    """Whether `model` or a module in it was compiled, by `torch.compile` or its own `compile()`.
+
+    A function compiled around the model, or another wrapper of it, cannot be seen from here.
+    """
+    return any(
+        "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
+def outside_graphs(run: Callable[..., None], *, resident: bool) -> Callable[..., None]:
+    """`run`, which calls every receiver, as something that no compiler looks into.
+
+    The hooks of the outermost compiled module are called by Python, but under the eyes of the compiler: it would make
+    graphs of them, one for each kind and shape of state. It is told to leave them alone there. Where compiled code
+    calls a module, its hooks are traced with it all the same.
+    """
+    if not resident and "torch._dynamo" not in sys.modules:
+        return run  # nothing is compiled yet, and the compiler takes a second to import
+    import torch._dynamo.eval_frame
+
+    torch._dynamo.eval_frame.skip_code(_Tap.__call__.__code__)
+    return cast(Callable[..., None], torch.compiler.disable(run))
+
+
+class Taps:
+    """The hooks of one reader of a model.
+
+    Args:
+        resident: made to stay on a model that is compiled: also traced by the compiler, into operators that do nothing
+            until `arm`. Otherwise a compiler finds nothing to trace.
+    """
+
+    def __init__(self, *, resident: bool) -> None:
+        self._order = torch.zeros(1, device="cpu") if resident else None
+        self._receivers: dict[int, Callable[..., None]] = {}
+        self._handles: list[RemovableHandle] = []
+        # Whoever drops a monitor without closing it, as a notebook cell run again does, leaves no hooks behind.
+        weakref.finalize(self, _remove, self._handles)
+
+    def on_masks(self, module: Module, receive: Callable[[Read[ToldMasks]], None]) -> None:
+        """Call `receive` with the masks that each call of `module` gets."""
+        self._add(module.register_forward_pre_hook, _MaskTap, MaskReader(module), receive, with_kwargs=True)
+
+    def on_entry(self, module: Module, read: Callable[..., Tensor], receive: Callable[[Read[Tensor]], None]) -> None:
+        """Call `receive` with the state that `read` finds in the arguments of each call of `module`."""
+        self._add(module.register_forward_pre_hook, _EntryTap, read, receive, with_kwargs=True)
+
+    def on_exit(self, module: Module, read: Callable[[Any], Tensor], receive: Callable[[Read[Tensor]], None]) -> None:
+        """Call `receive` with the state that `read` finds in what each call of `module` returns."""
+        self._add(module.register_forward_hook, _ExitTap, read, receive)
+
+    def arm(self) -> None:
+        """From now on the receivers are called."""
+        _ARMED.update(self._receivers)
+
+    def disarm(self) -> None:
+        """From now on nothing is called."""
+        for number in self._receivers:
+            _ARMED.pop(number, None)
+
+    def remove(self) -> None:
+        """Take the hooks off the model. A graph that has them is compiled again when it is next called."""
+        self.disarm()
+        _remove(self._handles)
+
+    def _add(
+        self, register: Callable[..., RemovableHandle], kind: type["_Tap"], read: Any, receive: Any, **options: Any
+    ) -> None:
+        number = next(_NUMBERS)
+        self._receivers[number] = receive
+        self._handles.append(register(kind(number, read, self._order), **options))
+
+
+@no_type_check  # a check of types at run time would be traced with it
+class _Tap:
+    """A hook that stays with its module: copying or pickling a tapped model must not take the monitor along.
+
+    It holds what the compiler may see, and no more: what a guard depends on must not change from step to step, nor from
+    block to block.
+    """
+
+    def __init__(self, number: int = -1, read: Any = None, order: Tensor | None = None) -> None:
+        self.number, self.read, self.order = number, read, order
+        # The number as a tensor: blocks that share one graph differ in what they feed it.
+        self.marker = None if order is None else torch.tensor([number], device="cpu")
+
+    def __call__(self, module: Module, args: tuple[Any, ...], rest: Any) -> None:
+        """Args and kwargs of a call, or args and what it returns."""
+        if not torch.compiler.is_compiling():
+            receive = _ARMED.get(self.number)
+            if receive is not None:
+                receive(functools.partial(self.reading, args, rest))
+        elif self.marker is not None and not _is_exporting():
+            self.trace(args, rest)
+
+    def reading(self, args: tuple[Any, ...], rest: Any) -> tuple[bool, Any]:
+        """Whether gradients are enabled, and what is read of the call."""
+        raise NotImplementedError
+
+    def trace(self, args: tuple[Any, ...], rest: Any) -> None:
+        """Leave the operator in the graph. Whatever goes wrong shows when it runs, not here."""
+        try:
+            grad, state = self.reading(args, rest)
+        except Exception:
+            grad, state = False, None
+        if type(state) is not Tensor:  # an operator does not take DTensor and its like
+            state = None
+        torch.ops.repflow.tap_state(state, grad, self.marker, self.order)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Tap":
+        return type(self)()
+
+    def __reduce__(self) -> tuple[type["_Tap"], tuple[()]]:
+        return type(self), ()
+
+
+@no_type_check
+class _EntryTap(_Tap):
+    def reading(self, args: tuple[Any, ...], rest: Any) -> tuple[bool, Tensor]:
+        return torch.is_grad_enabled(), self.read(args, rest).detach()
+
+
+@no_type_check
+class _ExitTap(_Tap):
+    def reading(self, args: tuple[Any, ...], rest: Any) -> tuple[bool, Tensor]:
+        return torch.is_grad_enabled(), self.read(rest).detach()
+
+
+@no_type_check
+class _MaskTap(_Tap):
+    def reading(self, args: tuple[Any, ...], rest: Any) -> tuple[bool, ToldMasks]:
+        return torch.is_grad_enabled(), self.read(args, rest)
+
+    def trace(self, args: tuple[Any, ...], rest: Any) -> None:
+        grad, told = self.reading(args, rest)
+        torch.ops.repflow.tap_masks(*told, grad, self.marker, self.order)
+
+
+_NUMBERS = itertools.count()
+_ARMED: dict[int, Callable[..., None]] = {}
+"""Receivers of the armed taps by number: what an operator of a compiled graph can reach is a number and this module."""
+
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
+def _tap_state(state: Tensor | None, grad: bool, marker: Tensor, order: Tensor) -> None:
+    receive = _ARMED.get(int(marker))
+    if receive is not None:
+        receive(functools.partial(_readable, grad, state))
+
+
+def _readable(grad: bool, state: Tensor | None) -> tuple[bool, Tensor]:
+    if state is None:
+        raise TypeError(
+            "expected a block that takes and returns its state as a plain floating tensor, got something else while "
+            "the model was compiled; pass the blocks that do, blocks=[...]"
+        )
+    return grad, state
+
+
+def _tap_masks(
+    padding: Tensor | None,
+    position_ids: Tensor | None,
+    tells_padding: bool,
+    tells_positions: bool,
+    grad: bool,
+    marker: Tensor,
+    order: Tensor,
+) -> None:
+    receive = _ARMED.get(int(marker))
+    if receive is not None:
+        # Copies: the graph reuses the memory of what it is done with, and masks are needed at the end of the forward.
+        padding, position_ids = (None if mask is None else mask.clone() for mask in (padding, position_ids))
+        told = ToldMasks(padding, position_ids, tells_padding, tells_positions)
+        receive(lambda: (grad, told))
+
+
+_OPERATORS = {
+    "tap_state(Tensor? state, bool grad, Tensor marker, Tensor(a!) order) -> ()": _tap_state,
+    "tap_masks(Tensor? padding, Tensor? position_ids, bool tells_padding, bool tells_positions, bool grad, "
+    "Tensor marker, Tensor(a!) order) -> ()": _tap_masks,
+}
+# A CUDA graph would replay what the operator did when it was recorded: it is cut around operators of this tag, where
+# PyTorch has it, and else not made at all, since the operator works on the host.
+_TAGS = [torch.Tag.pt2_compliant_tag, *filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)])]
+_LIBRARY = torch.library.Library("repflow", "FRAGMENT")
+for _schema, _implementation in _OPERATORS.items():
+    _LIBRARY.define(_schema, tags=_TAGS)
+    _name = _schema.partition("(")[0]
+    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"repflow::{_name}", lambda *args: None, lib=_LIBRARY)
