@@ -97,11 +97,14 @@ def measure(shape: Shape, options: argparse.Namespace, device: torch.device) -> 
         steps[name] = lambda numbers=numbers, monitor=monitor: training.step(next(numbers), monitor.step)
     single = {name: steps[name] for name in VARIANTS}
     with force("triton") if device.type == "cpu" else nullcontext():
+        memory["between"] = peak_mib(steps["between"], device)  # before the first sampled step, which takes the buffer
         reference = Reference(monitors["sampled"])
         steps["sampled"]()
         shared: Row = {"error_share_of_tolerance": worst(reference.compare()), "checked": "yes"}
+        memory["sampled"] = peak_mib(steps["sampled"], device)
         syncs = {name: count_syncs(step, device) for name, step in single.items()}
-        memory |= {name: peak_mib(steps[name], device) for name in ("between", "sampled")}
+        if syncs["bare"] is not None and any((syncs[name] or 0) > syncs["bare"] for name in single):
+            raise RuntimeError(f"expected no more synchronisations than the bare step has, got {syncs}")
         shared["buffer_mib"] = monitors["sampled"]._capture.buffer.nbytes / 2**20
         times = time_steps(single, options.rounds, device)
         rare = every_50th(times, steps, options, device)

@@ -143,15 +143,21 @@ class Accumulator:
 
     def _add_cka(self, states: Tensor, mask: Tensor | None) -> None:
         config = self._config
+        batch = (states.shape[1], states.shape[2])
         part = select(
-            (states.shape[1], states.shape[2]),
+            batch,
             config.cka_tokens,
             seed=config.seed,
             step=self._step,
             forward=self.forwards,
         ).to(states.device)
+        # A view of the states, or all of them with the places of what is meant: they are not copied.
+        selected = part.positions(batch, states.device)
         statistics = hsic_statistics(
-            part.take(states, dim=1), None if mask is None else part.take(mask), estimator=config.cka_estimator
+            part.take(states, dim=1) if selected is None else states,
+            None if mask is None else part.take(mask),
+            estimator=config.cka_estimator,
+            selected=selected,
         )
         unused = ~statistics.usable(config.cka_estimator)
         self._add(

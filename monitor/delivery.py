@@ -109,7 +109,7 @@ def _mean(numbers: list[int | float | Tensor], device: torch.device) -> Float64[
     values = [
         x.to(device, torch.float64, non_blocking=True).reshape(1)
         if isinstance(x, Tensor)
-        else torch.full((1,), x, dtype=torch.float64, device=device)  # written there: nothing is copied
+        else torch.full((1,), float(x), dtype=torch.float64, device=device)  # written there: nothing is copied
         for x in numbers
     ]
     return values[0] if len(values) == 1 else torch.cat(values).mean(0, keepdim=True)

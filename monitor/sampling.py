@@ -44,6 +44,12 @@ class Selection:
             values = values.index_select(dim, self.rows)
         return values if self.tokens is None else values.index_select(dim + 1, self.tokens)
 
+    def positions(self, batch: tuple[int, int], device: torch.device) -> Int64[Tensor, "R K"] | None:
+        """The chosen tokens as positions in the flattened batch `(B, T)`; None where `take` gives a view."""
+        if self.tokens is None and not isinstance(self.rows, Tensor):
+            return None
+        return self.take(torch.arange(batch[0] * batch[1], device=device).view(batch))
+
     def copy_into(self, target: Shaped[Tensor, "R K *rest"], values: Shaped[Tensor, "B T *rest"]) -> None:
         """`target.copy_(self.take(values))`, in one go where dtype and device are the same."""
         index, dim = (self.rows, 0) if isinstance(self.rows, Tensor) else (self.tokens, 1)

@@ -95,7 +95,7 @@ def walk_kernel(
     token = tl.where(_valid_tokens(valid, n, num_tokens, HAS_MASK), n, 0)
     feature = block * R * W + tl.arange(0, R)[None, :, None] * W + tl.arange(0, W)[None, None, :]
     pointer = states + token_offset(token, row_tokens, stride_b, stride_t, ALIGN)[:, None, None] + feature
-    known = (feature < D) & (inside | (n >= 0))[:, None, None]
+    known = (feature < D) & (token >= 0)[:, None, None]  # the second gives the shape of a tile
     PARTIAL: tl.constexpr = D % (R * W) != 0
     step_s = stride_s.to(tl.int64) * ALIGN
     plane = num_tokens.to(tl.int64) * F

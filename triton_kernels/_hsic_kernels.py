@@ -26,7 +26,7 @@ MAX_STATES = 256
 """The contraction holds all pairs of states on chip."""
 
 _SUMS_BYTES = 48 * 2**20
-"""Partial sums over tokens, or over tiles; groups beyond that are worked through in turn."""
+"""Partial sums over tokens, or over tiles; groups beyond that are worked through in turn, and one group is not cut."""
 
 _MAX_GROUPS = 2**15
 """What a launch takes in its third dimension is 2¹⁶ − 1."""

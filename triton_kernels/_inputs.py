@@ -3,6 +3,8 @@
 Letters of this package: S states, B rows of the batch, T tokens of a row, D features, G groups.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -31,24 +33,26 @@ def check_states(name: str, states: Float[Tensor, "S B T D"], minimum: int = 1) 
 
 
 def check_mask(
-    name: str, states: Float[Tensor, "S B T D"], mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"] | None
-) -> Bool[Tensor, "B T"] | Int[Tensor, "B T"]:
+    name: str,
+    states: Float[Tensor, "S B T D"],
+    mask: Bool[Tensor, "R K"] | Int[Tensor, "R K"] | None,
+    shape: Sequence[int] | None = None,
+) -> Bool[Tensor, "R K"] | Int[Tensor, "R K"]:
     """`mask`, or one that keeps every token if there is none.
 
-    Raises unless it fits the states; `name` is the caller's.
+    Raises unless it fits the states, or the `shape` of what is selected of them; `name` is the caller's.
     """
+    wanted = list(states.shape[1:3] if shape is None else shape)
     if mask is None:
-        return torch.ones(states.shape[1:3], dtype=torch.bool, device=states.device)
+        return torch.ones(wanted, dtype=torch.bool, device=states.device)
     if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(
             f"`{name}`: expected a boolean or integer mask (0 is padding, k is document k of its row), got {got}"
         )
-    if mask.shape != states.shape[1:3]:
-        raise ValueError(
-            f"`{name}`: expected a mask of shape [B, T] = {list(states.shape[1:3])} as in states "
-            f"{list(states.shape)}, got {list(mask.shape)}"
-        )
+    if list(mask.shape) != wanted:
+        what = f"[B, T] = {wanted} as in states {list(states.shape)}" if shape is None else f"{wanted} as in `selected`"
+        raise ValueError(f"`{name}`: expected a mask of shape {what}, got {list(mask.shape)}")
     if mask.device != states.device:
         raise ValueError(f"`{name}`: states are on {states.device} and the mask on {mask.device}; move the mask there")
     if mask.dtype.is_signed and mask.numel() and int(mask.min()) < 0:

@@ -88,7 +88,7 @@ def describe_tokens(states: Tensor, mask: Tensor | None) -> Tokens:
         return Tokens(None, states.shape[1])
     if mask.dtype == torch.bool:
         return Tokens(mask.contiguous().view(torch.uint8), states.shape[1])
-    groups = find_groups(mask)
+    groups = find_groups(mask.contiguous())  # the kernels count tokens row by row
     valid = (groups.index >= 0).view(torch.uint8)
     if groups.by_row:
         return Tokens(valid, groups.count)

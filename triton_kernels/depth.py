@@ -43,7 +43,9 @@ def depth_statistics(
         mask: attention mask or document numbers; 0 is padding. None: every token is valid.
 
     Returns:
-        Maps in float32 (float64 for float64 states), computed in float64; counts in int64.
+        Maps in float32 (float64 for float64 states), counts in int64. Computed in float64; on a GPU states other than
+        float64 are subtracted and summed in float32, in float64 where that would not do. What is left is an error of
+        2⁻²² of the token's largest feature in `curvature` and `spread` of float32 states.
 
     Raises:
         TypeError: states or mask of another dtype.

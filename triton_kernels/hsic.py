@@ -49,6 +49,7 @@ def hsic_statistics(
     mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"] | None = None,
     *,
     estimator: Estimator = "unbiased",
+    selected: Int64[Tensor, "R K"] | None = None,
 ) -> HsicStatistics:
     """HSIC of every pair of states with linear kernels, per group, over the centred tokens x.
 
@@ -61,6 +62,8 @@ def hsic_statistics(
         states: h^(0) … h^(L), in float16, bfloat16, float32 or float64.
         mask: attention mask (one group per row) or document numbers (one group per document); 0 is padding.
         estimator: "unbiased" or "biased".
+        selected: the tokens that are meant, as positions in the flattened batch; the mask is then of these, `[R, K]`.
+            None: all of the batch. Nothing is checked of the positions, which would wait for a GPU.
 
     Returns:
         Everything in float64, counts in int64. A token that is non-finite in some state is left out of all states, so
@@ -71,7 +74,7 @@ def hsic_statistics(
         TypeError: states or mask of another dtype.
         ValueError: states that are not `[S, B, T, D]`, a mask that does not fit, or an unknown estimator.
     """
-    return _hsic_statistics("hsic_statistics", states, mask, estimator)
+    return _hsic_statistics("hsic_statistics", states, mask, estimator, selected)
 
 
 def pairwise_hsic(
@@ -84,20 +87,22 @@ def pairwise_hsic(
     return _hsic_statistics("pairwise_hsic", states, mask, estimator).hsic
 
 
-def _hsic_statistics(name: str, states: Tensor, mask: Tensor | None, estimator: Estimator) -> HsicStatistics:
+def _hsic_statistics(
+    name: str, states: Tensor, mask: Tensor | None, estimator: Estimator, selected: Tensor | None = None
+) -> HsicStatistics:
     check_states(name, states)
     if estimator not in get_args(Estimator):
         raise ValueError(f'`{name}`: expected estimator="unbiased" or "biased", got {estimator!r}')
-    mask = check_mask(name, states, mask)
-    if use_triton(states):
+    token, member = _members(check_mask(name, states, mask, None if selected is None else selected.shape))
+    if selected is not None:
+        token = selected.flatten()[token]
+    compute = reference.hsic_statistics
+    if len(token) and use_triton(states):
         from repflow.triton_kernels import _hsic_kernels  # triton is not installed everywhere
 
-        token, member = _members(mask)
-        if len(states) <= _hsic_kernels.MAX_STATES and len(token):
-            return HsicStatistics(
-                *_hsic_kernels.hsic_statistics(states, token, member, estimator, MIN_TOKENS[estimator])
-            )
-    return HsicStatistics(*reference.hsic_statistics(states, find_groups(mask), estimator, MIN_TOKENS[estimator]))
+        if len(states) <= _hsic_kernels.MAX_STATES:
+            compute = _hsic_kernels.hsic_statistics
+    return HsicStatistics(*compute(states, token, member, estimator, MIN_TOKENS[estimator]))
 
 
 def _members(mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ float64 copies small.
 import torch
 from torch import Tensor
 
-from repflow.triton_kernels.groups import Groups, group_members
+from repflow.triton_kernels.groups import Groups
 
 _CHUNK_BYTES = 4 * 2**20
 """Size of a float64 working chunk on a CPU: large enough to amortise the calls, small enough for its caches."""
@@ -79,10 +79,11 @@ def token_sums(states: Tensor, groups: Groups) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def hsic_statistics(states: Tensor, groups: Groups, estimator: str, min_tokens: int) -> tuple[Tensor, ...]:
-    """Fields of `HsicStatistics`."""
+def hsic_statistics(
+    states: Tensor, token: Tensor, member: Tensor, estimator: str, min_tokens: int
+) -> tuple[Tensor, ...]:
+    """Fields of `HsicStatistics`, from the tokens `[G, n]` of every group and which entries of it are tokens."""
     flat = states.flatten(1, 2)
-    token, member = group_members(groups)
     finite = torch.stack([_finite_tokens(layer) for layer in flat])[:, token] & member
     alive = finite.any(-1)  # [S, G]
     member = member & (finite | ~alive.unsqueeze(-1)).all(0) & alive.any(0).unsqueeze(-1)
@@ -97,12 +98,12 @@ def hsic_statistics(states: Tensor, groups: Groups, estimator: str, min_tokens: 
         return torch.where(used.unsqueeze(-1) & ((x - mean).abs() > _MEAN_ROUNDING * mean.abs()), x - mean, 0.0)
 
     num_states, longest = len(flat), token.shape[1]
-    inner = torch.zeros(groups.count, num_states, num_states, dtype=torch.float64, device=states.device)
-    square = inner.new_zeros(num_states, groups.count, longest)
+    inner = torch.zeros(len(token), num_states, num_states, dtype=torch.float64, device=states.device)
+    square = inner.new_zeros(num_states, len(token), longest)
     panel = max(1, _GRAM_BYTES // (8 * num_states * max(1, token.numel())))
     for start in range(0, longest, panel):
         rows = slice(start, min(start + panel, longest))
-        gram = inner.new_empty(num_states, groups.count, rows.stop - start, longest)
+        gram = inner.new_empty(num_states, len(token), rows.stop - start, longest)
         for layer in range(num_states):
             x = centred(layer)
             torch.bmm(x[:, rows], x.mT, out=gram[layer])

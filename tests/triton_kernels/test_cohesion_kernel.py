@@ -5,7 +5,7 @@ import torch
 
 from repflow.triton_kernels import depth_and_token_sums, depth_statistics, token_sums
 from repflow.triton_kernels._dispatch import force, use_triton
-from tests.triton_kernels.close import assert_sums
+from tests.triton_kernels.close import assert_depth, assert_sums
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
 
@@ -32,6 +32,27 @@ def test_odd_sizes(shape, dtype, mask, cases):
     """300 tokens are more than one chunk."""
     case = cases.Case(getattr(torch, dtype), shape, getattr(cases, mask))
     assert_sums(*both(case.states, case.mask))
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_mask_that_lies_in_memory_otherwise(documents, cases):
+    states = cases.Case(torch.float32, (3, 2, 9, 16)).states
+    mask = (torch.arange(18).view(9, 2) % 5 != 0).long()
+    mask = (mask * (1 + torch.arange(9).unsqueeze(1) // 4) if documents else mask).T
+    assert_sums(*both(states, mask))
+    with force("triton"):
+        got = depth_statistics(states, mask)
+    with force("reference"):
+        assert_depth(got, depth_statistics(states, mask), states)
+
+
+@pytest.mark.parametrize("scale", [1e-33, 1e-20, 1e20, 1e36])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_lengths_beyond_float32(scale, dtype, cases):
+    """No bfloat16 is denormal here: Triton's interpreter widens those wrongly."""
+    states = (cases.Case(torch.float32, (5, 2, 7, 40)).states * scale).to(dtype)
+    states[:, 0, 2] = 1
+    assert_sums(*both(states, None))
 
 
 def test_the_same_bits_every_time(cases):

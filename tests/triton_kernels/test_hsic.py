@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from repflow.triton_kernels import hsic_statistics, pairwise_hsic
+from repflow.triton_kernels._dispatch import force
 
 EPS = np.finfo(np.float64).eps
 ESTIMATORS = ("unbiased", "biased")
@@ -104,3 +105,23 @@ def test_an_empty_batch(shape: tuple[int, ...]):
     assert got.hsic.shape == (shape[1], 2, 2)
     assert got.hsic.isnan().all()
     assert got.count.tolist() == [0] * shape[1]
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in Triton's interpreter
+def test_selected_tokens_are_those_tokens_alone(implementation, documents):
+    states = torch.randn(3, 4, 11, 6)
+    rows, tokens = torch.tensor([1, 3]), torch.tensor([0, 2, 3, 4, 6, 7, 8, 10])
+    mask = torch.arange(8).expand(2, -1) // 4 + 1 if documents else torch.arange(8).expand(2, -1) < 7
+    with force(implementation):
+        got = hsic_statistics(states, mask, selected=rows.unsqueeze(1) * 11 + tokens)
+        want = hsic_statistics(states[:, rows][:, :, tokens], mask)
+    assert len(got.count) == (4 if documents else 2)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+
+
+def test_a_mask_must_fit_what_is_selected():
+    with pytest.raises(ValueError, match=r"expected a mask of shape \[1, 4\] as in `selected`, got \[2, 5\]"):
+        hsic_statistics(torch.randn(2, 2, 5, 3), torch.ones(2, 5).bool(), selected=torch.arange(4).unsqueeze(0))
