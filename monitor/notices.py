@@ -1,9 +1,18 @@
 """What the sums of a step say about the measurement itself: why values are NaN, or a step must be left out."""
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
+from repflow.monitor.delivery import MeasuredStep
+from repflow.monitor.ranks import Part
 from repflow.monitor.snapshot import Snapshot
 from repflow.triton_kernels.hsic import MIN_TOKENS, Estimator
+
+ALONE = (
+    "measures the part of each rank alone: expected a Monitor with the same choices on every rank, and some have none; "
+    "make one on every rank (sinks are used on rank 0 alone), or set reduce=False"
+)
 
 
 def misread_mask(step: int, sums: dict[str, Tensor]) -> str | None:
@@ -28,4 +37,29 @@ def short_sequences(snapshot: Snapshot, sums: dict[str, Tensor], estimator: Esti
     return (
         f"expected sequences of at least {needed} valid tokens, but none of {snapshot.sequences} on step "
         f"{snapshot.step} is that long: {missing} NaN; look at the batch, its mask and skip_first_tokens"
+    )
+
+
+def recorded_nothing(step: MeasuredStep, first_block: str) -> str:
+    """A step without a single forward that was measured."""
+    seen = ", ".join(f"{number} {what}" for what, number in step.ignored.items()) or "no forward at all"
+    return (
+        f"recorded nothing on step {step.number}: expected a training-mode forward with gradients through "
+        f"'{first_block}', saw {seen}. If the model is compiled, monitor it uncompiled; if other "
+        "blocks run, or in another order, pass blocks=[...] in the order in which they run"
+    )
+
+
+def silent_ranks(step: int, parts: Mapping[int, Part]) -> str:
+    """Some ranks brought nothing to a step."""
+    what = {Part.NOTHING: "recorded nothing", Part.STOPPED: "stopped monitoring"}
+    named = ", ".join(f"rank {rank} {what[part]}" for rank, part in parts.items() if part in what)
+    return f"step {step} is that of the other ranks of {len(parts)}: {named}; see Snapshot.silent_ranks"
+
+
+def different_steps(step: int, steps: Mapping[int, int]) -> str:
+    """The ranks have met with different steps, by rank: their sum means nothing."""
+    return (
+        f"left out step {step}: expected all ranks to publish the same step, got {dict(steps)} by rank; "
+        "call step, publish and flush on all ranks alike"
     )

@@ -17,7 +17,8 @@ FILES = sorted(
 # A unit is a module or folder of the monitor. It may import the units of its own tier and of those above it here.
 TIERS = (
     {"config", "functional", "residual_stream", "sampling", "snapshot", "warning"},
-    {"accumulator", "capture", "delivery", "masks", "metrics", "notices", "positions", "run_info", "signatures"},
+    {"accumulator", "capture", "delivery", "masks", "metrics", "notices", "positions"}
+    | {"ranks", "run_info", "signatures"},
     {"sinks"},
     {"monitor"},
     {"demo", "offline", "report", "theory"},
