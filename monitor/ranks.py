@@ -98,9 +98,10 @@ class Ranks:
             try:
                 self._store.wait([f"{self._key}/complete"], _JOIN_TIMEOUT)
                 own = "yes"
-            except RuntimeError:  # dist.DistStoreError, or another error by store
+            except RuntimeError:  # which one depends on the store
                 own = "no"
-            self._agreed = self._store.compare_set(f"{self._key}/decision", "", own) == b"yes"
+            with _explained():
+                self._agreed = self._store.compare_set(f"{self._key}/decision", "", own) == b"yes"
         return self._agreed
 
     @torch.no_grad()
@@ -111,7 +112,7 @@ class Ranks:
             sums = self._layout.num_sums
             row = wire[sums:].view(self.world, self._width)[self.rank]
             names = list(step.scalars)[:MAX_SCALARS]
-            head = torch.tensor([step.number, part, *map(_hashed, names)], dtype=torch.float64)
+            head = torch.tensor([step.number, part, *map(_hashed, names)], dtype=torch.float64, device="cpu")
             if self._device.type == "cuda":
                 head = head.pin_memory()
             row[:2].copy_(head[:2], non_blocking=True)
