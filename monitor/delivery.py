@@ -59,13 +59,16 @@ class MeasuredStep:
 
     def snapshot(self, values: Float64[Tensor, " n"], layout: SumLayout, stream: str, extra_ms: float) -> Snapshot:
         """The snapshot of the step, from the `values` that arrived."""
+        scalars = dict(zip(self.scalars, values[layout.size :].tolist(), strict=True))
+        if self.reduced:
+            scalars["silent_ranks"] = float(len(self.silent_ranks))  # for the run file
         return Snapshot.from_sums(
             values[: layout.size],
             num_states=layout.num_states,
             step=self.number,
             stream=stream,
             overhead_ms=self.overhead_ms() + extra_ms,
-            scalars=dict(zip(self.scalars, values[layout.size :].tolist(), strict=True)),
+            scalars=scalars,
             silent_ranks=self.silent_ranks,
         )
 

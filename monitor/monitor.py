@@ -52,6 +52,10 @@ class Monitor:
     published, without waiting: call `step`, `publish`, `flush` and `close` on all ranks alike. After `flush` or `wait`
     the same snapshot is `latest` on every rank, so that all decide alike. A rank whose monitor fails, or that records
     nothing, brings zeros and is named in `Snapshot.silent_ranks`. Uneven inputs (`Join`) need `reduce=False`.
+    Where each rank holds a slice of every sequence (context or sequence parallelism), a slice counts as a sequence:
+    what is a sum over tokens (norms, `adjacent`, V_loc, V_glob, `tokens`) is exact, but `inter_token` is the mean
+    similarity within slices, CKA takes HSIC within slices, and `sequences`, positions and `skip_first_tokens` are those
+    of slices.
 
     Args:
         model: what is trained; it may be wrapped.

@@ -6,8 +6,6 @@ import torch
 from tests.monitor import two_ranks
 from tests.monitor.test_ranks import WAYS, Results, steps_of
 
-pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:

@@ -62,6 +62,7 @@ def test_a_rank_whose_hook_fails_goes_on_taking_part(ranks: Results) -> None:
     assert steps_of(first) == [(0, ()), (1, (1,)), (2, (1,))] and second["latest"][3] == (1,)
     torch.testing.assert_close(first["snapshots"][2][1], one_process((0,))[2].sums, rtol=1e-12, atol=1e-12)
     assert torch.equal(first["latest"][1], second["latest"][1])
+    assert [scalars["silent_ranks"] for _, _, scalars, _ in first["snapshots"]] == [0, 1, 1]
     assert first["losses"] == first["bare"] and second["losses"] == second["bare"]
     (said,), (failed,) = first["said"], second["said"]
     assert "step 1 is that of the other ranks of 2: rank 1 stopped monitoring" in said
@@ -123,6 +124,6 @@ def test_scalars_are_averaged_by_name(ranks: Results) -> None:
     first, second = (results["scalars"] for results in ranks)
     of_first, of_second = first["latest"][2], second["latest"][2]
     assert (of_first["a"], of_first["b"]) == (of_second["a"], of_second["b"]) == (0.5, 5.0)
-    assert of_second["own"] == 10.0 and len(of_first) == len(of_second) == 16
+    assert of_second["own"] == 10.0 and len(of_first) == len(of_second) == 17 and of_first["silent_ranks"] == 0
     assert "left out 'many_14': expected at most 16 scalars" in first["said"][0]
     assert LAYOUT.views(first["latest"][1])["tokens"] > 0
