@@ -84,7 +84,7 @@ class RepresentationMonitor(Callback):
         """Find the blocks. `setup` would be too early: models may only be built after it."""
         self._close()
         self.monitor = None
-        if not trainer.is_global_zero:
+        if not (trainer.is_global_zero or self.config.reduce):
             # An error must come on all ranks, or the others would wait for the first for ever.
             find_residual_stream(pl_module, self._blocks, stream=self._stream)
             return
@@ -129,15 +129,11 @@ class RepresentationMonitor(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Deliver what is in flight before other callbacks look at `callback_metrics`."""
-        if self.monitor is not None:
-            self.monitor.wait()
+        self._deliver(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Deliver what is in flight; with several ranks, give all of them the same `callback_metrics`."""
-        if self.monitor is not None:
-            self.monitor.wait()
-        if trainer.world_size > 1:
-            trainer.callback_metrics.update(trainer.strategy.broadcast(self._scalars.latest, src=0))
+        """Deliver what is in flight."""
+        self._deliver(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Drop the step that was cut off and finish the files; no other hook follows an exception."""
@@ -161,6 +157,13 @@ class RepresentationMonitor(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """A copy does not take the running engine along."""
         return {**self.__dict__, "monitor": None, "_open": None, "_scalars": _CallbackMetricsSink()}
+
+    def _deliver(self, trainer: Trainer) -> None:
+        """Deliver what is in flight; with several ranks, give all of them the same `callback_metrics`."""
+        if self.monitor is not None:
+            self.monitor.wait()
+        if trainer.world_size > 1:
+            trainer.callback_metrics.update(trainer.strategy.broadcast(self._scalars.latest, src=0))
 
     def _close(self) -> None:
         if self.monitor is not None:

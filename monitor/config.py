@@ -53,6 +53,11 @@ class MonitorConfig:
     """
     seed: int = 0
     """Chooses sequences and tokens, together with the step. Independent of every other random state."""
+    reduce: bool = True
+    """Under torch.distributed, add the sums of a published step up over ranks, in one collective.
+
+    Every rank then needs a `Monitor` with the same choices. False: each rank measures its own part.
+    """
 
     def __post_init__(self) -> None:
         for name, smallest in _SMALLEST.items():
@@ -63,6 +68,8 @@ class MonitorConfig:
                 raise ValueError(
                     f"`MonitorConfig`: expected {name} of {smallest} or more, got {value}{_HINTS.get(name, '')}"
                 )
+        if not isinstance(self.reduce, bool):
+            raise TypeError(f"`MonitorConfig`: expected reduce to be True or False, got {self.reduce!r}")
         if isinstance(self.metrics, str):
             raise TypeError(
                 f"`MonitorConfig`: expected metrics as a tuple of names, got {self.metrics!r}; "

@@ -1,9 +1,10 @@
 """From the device to the host without waiting: results leave when a step ends and are picked up on a later one."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float64
@@ -11,6 +12,19 @@ from torch import Tensor
 
 from repflow.monitor.accumulator import Accumulator
 from repflow.monitor.snapshot import Snapshot, SumLayout
+
+
+@runtime_checkable
+class Ready(Protocol):
+    """When something has arrived on the host: a `torch.cuda.Event`, or the like."""
+
+    def query(self) -> bool:
+        """Whether it has."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until it has."""
+        ...
 
 
 @dataclass(eq=False)
@@ -27,6 +41,17 @@ class MeasuredStep:
     """Time that the monitor's own code took on the host."""
     events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
     """Before and after each piece of the monitor's work on a GPU."""
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Forwards that were left out, by reason."""
+    reduced: bool = False
+    """Whether what arrives is the vector of `Ranks`."""
+    silent_ranks: tuple[int, ...] = ()
+    """Ranks that measured nothing of it."""
+
+    def wait_for_events(self) -> None:
+        """Make the current stream wait for the monitor's work: the step may have run on another one."""
+        for _, end in self.events:
+            torch.cuda.current_stream().wait_event(end)
 
     @contextmanager
     def timed(self, device: torch.device) -> Iterator[None]:
@@ -47,6 +72,9 @@ class MeasuredStep:
 
     def snapshot(self, values: Float64[Tensor, " n"], layout: SumLayout, stream: str, extra_ms: float) -> Snapshot:
         """The snapshot of the step, from the `values` that arrived."""
+        scalars = dict(zip(self.scalars, values[layout.size :].tolist(), strict=True))
+        if self.reduced:
+            scalars["silent_ranks"] = float(len(self.silent_ranks))  # for the run file
         return Snapshot.from_sums(
             values[: layout.size],
             num_states=layout.num_states,
@@ -54,7 +82,8 @@ class MeasuredStep:
             step=self.number,
             stream=stream,
             overhead_ms=self.overhead_ms() + extra_ms,
-            scalars=dict(zip(self.scalars, values[layout.size :].tolist(), strict=True)),
+            scalars=scalars,
+            silent_ranks=self.silent_ranks,
         )
 
 
@@ -62,7 +91,7 @@ class Delivery:
     """Steps whose results are on their way, in order."""
 
     def __init__(self) -> None:
-        self._queue: deque[tuple[MeasuredStep, Tensor, torch.cuda.Event | None]] = deque()
+        self._queue: deque[tuple[MeasuredStep, Tensor, Ready | None]] = deque()
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -72,26 +101,26 @@ class Delivery:
         assert step.sums is not None
         flat = step.sums.flat
         with on_device(flat.device):
-            for _, end in step.events:
-                torch.cuda.current_stream().wait_event(end)  # the step may have run on another stream
-            values = torch.cat([flat, *(_mean(numbers, flat.device) for numbers in step.scalars.values())])
-            ready = None
+            step.wait_for_events()
+            values = torch.cat([flat, *(mean(numbers, flat.device) for numbers in step.scalars.values())])
             if values.device.type == "cuda":
-                host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
-                values = host.copy_(values, non_blocking=True)
-                ready = torch.cuda.Event()
-                ready.record()
-        self._queue.append((step, values.cpu(), ready))
+                self.expect(step, *copy_to_host(values))
+            else:
+                self.expect(step, values.cpu(), None)
+
+    def expect(self, step: MeasuredStep, values: Tensor, ready: Ready | None) -> None:
+        """Queue what is on its way: `values` are there when `ready` says so, None for now."""
+        self._queue.append((step, values, ready))
 
     def receive(self, *, wait: bool = False) -> Iterator[tuple[MeasuredStep, Tensor]]:
         """The steps that have arrived, each with its sums and then its scalars; with `wait`, all of them."""
         while self._queue:
             step, values, ready = self._queue[0]
-            if ready is not None:
-                if not wait and not ready.query():
-                    return
-                ready.synchronize()
+            if ready is not None and not wait and not ready.query():
+                return
             self._queue.popleft()
+            if ready is not None:
+                ready.synchronize()
             yield step, values
 
     def clear(self) -> None:
@@ -104,7 +133,16 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _mean(numbers: list[int | float | Tensor], device: torch.device) -> Float64[Tensor, " 1"]:
+def copy_to_host(values: Float64[Tensor, " n"]) -> tuple[Tensor, Ready]:
+    """Start the copy of a tensor of the current GPU to pinned memory, on the current stream."""
+    host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+    return host, ready
+
+
+def mean(numbers: list[int | float | Tensor], device: torch.device) -> Float64[Tensor, " 1"]:
     """Mean of numbers and tensors of one element, on `device`, without waiting for it."""
     values = [
         x.to(device, torch.float64, non_blocking=True).reshape(1)

@@ -3,7 +3,6 @@
 import functools
 import operator
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +16,16 @@ from repflow.monitor.buffer import CaptureBuffer
 from repflow.monitor.capture import Capture, CapturedForward
 from repflow.monitor.config import Metric, MonitorConfig
 from repflow.monitor.delivery import Delivery, MeasuredStep
-from repflow.monitor.notices import if_compiled, misread_mask, short_sequences, unread_decays
+from repflow.monitor.notices import (
+    ALONE,
+    different_steps,
+    misread_mask,
+    recorded_nothing,
+    short_sequences,
+    silent_ranks,
+    unread_decays,
+)
+from repflow.monitor.ranks import MAX_SCALARS, CollectiveError, Part, Ranks, find_ranks
 from repflow.monitor.residual_stream import ResidualStream, find_residual_stream
 from repflow.monitor.run_info import describe_run
 from repflow.monitor.sampling import Schedule, Selection, select
@@ -47,6 +55,15 @@ class Monitor:
     about once and switched off; training goes on, bit for bit as without the monitor. A compiled model may round
     differently where the compiler fuses other operations around the taps.
 
+    Under torch.distributed every rank has a Monitor, and the sums of a step are added up over ranks when it is
+    published, without waiting: call `step`, `publish`, `flush` and `close` on all ranks alike. After `flush` or `wait`
+    the same snapshot is `latest` on every rank, so that all decide alike. A rank whose monitor fails, or that records
+    nothing, brings zeros and is named in `Snapshot.silent_ranks`. Uneven inputs (`Join`) need `reduce=False`.
+    Where each rank holds a slice of every sequence (context or sequence parallelism), a slice counts as a sequence:
+    what is a sum over tokens (norms, `adjacent`, V_loc, V_glob, `tokens`) is exact, but `inter_token` is the mean
+    similarity within slices, CKA takes HSIC within slices, and `sequences`, positions and `skip_first_tokens` are those
+    of slices.
+
     Args:
         model: what is trained; it may be wrapped.
         config: what to measure; the defaults of `MonitorConfig` if None.
@@ -54,6 +71,7 @@ class Monitor:
         blocks: see `find_residual_stream`.
         stream: see `find_residual_stream`.
         name: of the run; the model's class and the time if None.
+        process_group: the ranks that share a batch; the default group if None.
 
     Raises:
         ValueError: no residual stream was found, or `states="hf"` for a model without a final norm.
@@ -68,6 +86,7 @@ class Monitor:
         blocks: str | Sequence[Module] | None = None,
         stream: str | None = None,
         name: str | None = None,
+        process_group: "torch.distributed.ProcessGroup | None" = None,
     ) -> None:
         self.config = config or MonitorConfig()
         self.stream: ResidualStream = find_residual_stream(model, blocks, stream=stream)
@@ -88,9 +107,12 @@ class Monitor:
         self._warned: set[str] = set()
         self._step: MeasuredStep | None = None
         self._is_open = False
-        self._ignored: Counter[str] = Counter()  # forwards of the step that were left out, by reason
         self._delivery = Delivery()
         self._layout = self.run.layout
+        self._group = process_group
+        self._ranks: Ranks | None = None  # from the first sampled step on
+        self._joined = not self.config.reduce
+        self._cut_off = False  # by an exception: whether the other ranks go on is unknown
         self._late_ms = 0.0  # spent between sampled steps: counted with the next one
         self._decays = DecayTaps(
             self.stream,
@@ -111,7 +133,7 @@ class Monitor:
 
     @property
     def enabled(self) -> bool:
-        """False after a failure that ended monitoring, and after `close`."""
+        """False after a failure that ended monitoring on this rank, and after `close`."""
         return self._enabled
 
     @contextmanager
@@ -136,21 +158,21 @@ class Monitor:
                 self._warn(f"left out step {step}, which began inside of step {self._step.number}", key="nested")
             yield
             return
+        self._cut_off = False
         if self._step is not None and self._step.number != step:
             self.publish()
         if self._delivery:
             self._run(self._collect)
-        if not (self._enabled and self._schedule(step)):
+        if not (self._schedule(step) and (self._enabled or self._ranks)):
             yield
             return
         self._step = self._step or MeasuredStep(step)
-        self._run(self._capture.arm, mask)
+        self._run(self._arm, mask)
         self._is_open = True
         try:
             yield
         except BaseException:
-            self._step = None
-            self._ignored.clear()
+            self._drop()
             raise
         finally:
             self._is_open = False
@@ -199,8 +221,16 @@ class Monitor:
         self._run(self._sink.flush)
 
     def close(self) -> None:
-        """`flush`, close the sinks and give the memory back. May be called more than once."""
+        """`flush`, close the sinks and give the memory back. May be called more than once.
+
+        After an exception in a step, only what has arrived from the other ranks is delivered: they may be gone.
+        """
+        if self._cut_off and self._ranks is not None:
+            self._step = None
+            self._run(self._collect)
+            self._delivery.clear()
         self.flush()
+        self._ranks = None
         self._run(self._capture.disarm)
         self._run(self._capture.remove)
         self._capture.buffer.release()
@@ -209,10 +239,9 @@ class Monitor:
 
     def discard(self) -> None:
         """Drop the step being recorded, as when its body raises."""
-        self._step = None
         self._is_open = False
+        self._drop()
         self._run(self._disarm)
-        self._ignored.clear()
 
     def _choose(self, batch: tuple[int, int], state: Tensor) -> Selection:
         """Which part of a micro-batch to keep, within the budgets of tokens and memory."""
@@ -247,10 +276,18 @@ class Monitor:
             raise RuntimeError("a hook ran outside of a monitored step")
         return self._step
 
+    def _arm(self, mask: Tensor | None) -> None:
+        if not self._joined:
+            self._joined = True
+            key = f"{self._layout.num_states} states every {self.config.every_n_steps} steps"
+            self._ranks = find_ranks(self._layout, self._group, self.stream.blocks[0].module, key)
+        if self._enabled:
+            self._capture.arm(mask)
+
     def _disarm(self) -> None:
         self._capture.disarm()
         if self._step is not None:
-            self._ignored.update(self._capture.ignored)
+            self._step.ignored.update(self._capture.ignored)
             if broken := self._capture.broken:
                 self._warn(
                     f"left out forwards of step {self._step.number}, and those of later steps as long as this is so: "
@@ -258,28 +295,74 @@ class Monitor:
                     key="recorded nothing",
                 )
 
+    def _drop(self) -> None:
+        """Forget what the current step has recorded. The other ranks, if any, are still met when it is published."""
+        self._cut_off = True
+        self._step = MeasuredStep(self._step.number) if self._step is not None and self._ranks is not None else None
+
     def _send(self) -> None:
         """End the step: its results leave the device."""
         if self._is_open:
             return
         step, self._step = self._step, None
-        ignored, self._ignored = self._ignored, Counter()
-        if step is None or not self._enabled:
+        if step is None:
             return
-        if step.sums is not None:
+        if self._ranks is not None and not self._ranks.agreed():
+            self._ranks = None
+            self._warn(ALONE)
+        if self._ranks is not None:
+            self._reduce(step, self._ranks)
+        elif self._enabled and step.sums is not None:
             self._delivery.send(step)
-            return
-        seen = ", ".join(f"{number} {what}" for what, number in ignored.items()) or "no forward at all"
-        self._warn(
-            f"recorded nothing on step {step.number}: expected a training-mode forward with gradients through "
-            f"'{self.stream.blocks[0].name}', saw {seen}. {if_compiled(self._capture.resident)}; if other "
-            "blocks run, or in another order, pass blocks=[...] in the order in which they run",
-            key="recorded nothing",
-        )
+        elif self._enabled:
+            self._warn(
+                recorded_nothing(step, self.stream.blocks[0].name, self._capture.resident), key="recorded nothing"
+            )
+
+    def _recorded_nothing(self, step: MeasuredStep) -> None:
+        first = self.stream.blocks[0].name
+        self._warn(recorded_nothing(step, first, self._capture.resident), key="recorded nothing")
+
+    def _reduce(self, step: MeasuredStep, ranks: Ranks) -> None:
+        """Start adding up the sums of a step over ranks. Comes to that whatever else fails: the others wait for it."""
+        for name in list(step.scalars)[MAX_SCALARS:]:
+            del step.scalars[name]
+            self._warn(
+                f"left out {name!r}: expected at most {MAX_SCALARS} scalars to average over ranks", key="scalars"
+            )
+        part = Part.STOPPED if not self._enabled else Part.MEASURED if step.sums is not None else Part.NOTHING
+        try:
+            wire = ranks.pack(step, part)
+        except Exception as error:
+            self._stop(error)
+            step = MeasuredStep(step.number)
+            wire = ranks.pack(step, Part.STOPPED)
+        step.reduced = True
+        self._delivery.expect(step, *ranks.reduce(wire))
+
+    def _merge(self, step: MeasuredStep, wire: Tensor) -> Tensor | None:
+        """The sums and scalars of all ranks; None, and that is said, where they are no snapshot."""
+        assert self._ranks is not None
+        merged = self._ranks.merge(wire, list(step.scalars))
+        step.silent_ranks = merged.silent
+        if not merged.same_step:
+            self._warn(different_steps(step.number, merged.steps), key="different steps")
+            return None
+        if len(merged.silent) == len(merged.parts):
+            if self._enabled:
+                self._warn(
+                    recorded_nothing(step, self.stream.blocks[0].name, self._capture.resident), key="recorded nothing"
+                )
+            return None
+        if merged.silent and self._ranks.rank == 0:
+            self._warn(silent_ranks(step.number, merged.parts), key=f"silent {merged.silent}")
+        return merged.values
 
     def _collect(self, *, wait: bool = False) -> None:
         """Turn what has arrived into snapshots, in order, and hand them to the sinks."""
         for step, values in self._delivery.receive(wait=wait):
+            if step.reduced and (values := self._merge(step, values)) is None:
+                continue
             sums = self._layout.views(values[: self._layout.size])
             if misread := misread_mask(step.number, sums):
                 self._warn(misread, key="misread mask")
@@ -313,8 +396,13 @@ class Monitor:
         """End monitoring after a failure, and free what it holds."""
         number = f" at step {self._step.number}" if self._step is not None else ""
         self._enabled = False
-        self._step = None
-        self._delivery.clear()
+        if isinstance(error, CollectiveError):
+            self._ranks = None
+        if self._ranks is None:
+            self._step = None
+            self._delivery.clear()
+        elif self._step is not None:
+            self._step = MeasuredStep(self._step.number, scalars=self._step.scalars)
         self._capture.disarm()
         self._capture.buffer.release()
         self._warn(

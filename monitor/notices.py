@@ -1,9 +1,18 @@
 """What the sums of a step say about the measurement itself: why values are NaN, or a step must be left out."""
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
+from repflow.monitor.delivery import MeasuredStep
+from repflow.monitor.ranks import Part
 from repflow.monitor.snapshot import RunInfo, Snapshot
 from repflow.triton_kernels.hsic import MIN_TOKENS, Estimator
+
+ALONE = (
+    "measures the part of each rank alone: expected a Monitor with the same choices on every rank, and some have none; "
+    "make one on every rank (sinks are used on rank 0 alone), or set reduce=False"
+)
 
 
 def misread_mask(step: int, sums: dict[str, Tensor]) -> str | None:
@@ -47,7 +56,7 @@ def unread_decays(snapshot: Snapshot, sums: dict[str, Tensor], run: RunInfo) -> 
     )
 
 
-def if_compiled(resident: bool) -> str:
+def _if_compiled(resident: bool) -> str:
     """What to do about a compiled model of which nothing was seen; `resident`: it had taps."""
     if not resident:
         return "If the model is compiled, make the monitor with compiled=True, before the model first runs"
@@ -55,4 +64,29 @@ def if_compiled(resident: bool) -> str:
         "A compiled model must not have run before it is monitored: make the monitor first, or call "
         "torch.compiler.reset() after making it. Beside another compiled model of its class, set "
         "torch._dynamo.config.skip_nnmodule_hook_guards = False before either runs"
+    )
+
+
+def recorded_nothing(step: MeasuredStep, first_block: str, resident: bool) -> str:
+    """A step without a single forward that was measured."""
+    seen = ", ".join(f"{number} {what}" for what, number in step.ignored.items()) or "no forward at all"
+    return (
+        f"recorded nothing on step {step.number}: expected a training-mode forward with gradients through "
+        f"'{first_block}', saw {seen}. {_if_compiled(resident)}; if other "
+        "blocks run, or in another order, pass blocks=[...] in the order in which they run"
+    )
+
+
+def silent_ranks(step: int, parts: Mapping[int, Part]) -> str:
+    """Some ranks brought nothing to a step."""
+    what = {Part.NOTHING: "recorded nothing", Part.STOPPED: "stopped monitoring"}
+    named = ", ".join(f"rank {rank} {what[part]}" for rank, part in parts.items() if part in what)
+    return f"step {step} is that of the other ranks of {len(parts)}: {named}; see Snapshot.silent_ranks"
+
+
+def different_steps(step: int, steps: Mapping[int, int]) -> str:
+    """The ranks have met with different steps, by rank: their sum means nothing."""
+    return (
+        f"left out step {step}: expected all ranks to publish the same step, got {dict(steps)} by rank; "
+        "call step, publish and flush on all ranks alike"
     )

@@ -82,7 +82,8 @@ class SumLayout:
         return sum(prod(shape) for shape in self.shapes.values())
 
     @cached_property
-    def _maxima_start(self) -> int:
+    def num_sums(self) -> int:
+        """How many of them are sums; the maxima follow."""
         return self.size - sum(prod(self.shapes[name]) for name in self.MAXIMA)
 
     def zeros(self, device: torch.device | str = "cpu") -> Float64[Tensor, " size"]:
@@ -128,7 +129,7 @@ class SumLayout:
 
     def merge_(self, into: Float64[Tensor, " size"], other: Float64[Tensor, " size"]) -> None:
         """Add the sums of `other` to `into`, in place."""
-        start = self._maxima_start
+        start = self.num_sums
         into[:start] += other[:start]
         torch.maximum(into[start:], other[start:], out=into[start:])
 
@@ -258,6 +259,8 @@ class Snapshot:
     """Milliseconds that the monitor itself spent on this step."""
     scalars: Mapping[str, float] = field(default_factory=dict)
     """What the training loop logged with the step, such as `loss`."""
+    silent_ranks: tuple[int, ...] = ()
+    """Ranks that measured nothing of this step: their batch was empty, or their monitor has failed."""
     sums: Float64[Tensor, " size"]
     """The flat vector of sums behind the values, laid out by `SumLayout(S, ssm_blocks)`."""
 
@@ -272,6 +275,7 @@ class Snapshot:
         stream: str,
         overhead_ms: float,
         scalars: Mapping[str, float] | None = None,
+        silent_ranks: tuple[int, ...] = (),
     ) -> "Snapshot":
         """Divide the sums of a step, or of several steps merged by `SumLayout.merge_`."""
         values: dict[str, Any] = SumLayout(num_states, ssm_blocks).values(sums)
@@ -282,6 +286,7 @@ class Snapshot:
             ssm_blocks=ssm_blocks,
             overhead_ms=overhead_ms,
             scalars=dict(scalars or {}),
+            silent_ranks=silent_ranks,
             sums=sums,
             **counts,
             **values,

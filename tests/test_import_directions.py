@@ -21,8 +21,8 @@ TIERS = (
         *("parts", "readers", "wrappers"),  # what residual_stream knows of architectures
     },
     {
-        *("accumulator", "buffer", "capture", "chain", "delivery", "masks"),
-        *("metrics", "notices", "positions", "run_info", "signatures", "ssm", "taps"),
+        *("accumulator", "buffer", "capture", "chain", "delivery", "masks", "metrics"),
+        *("notices", "positions", "ranks", "run_info", "signatures", "ssm", "taps"),
     },
     {"sinks"},
     {"monitor"},

@@ -340,7 +340,8 @@ def test_fast_dev_run_leaves_no_file(tmp_path, monkeypatch) -> None:
 TWO_RANKS = """
 import sys, torch
 from pathlib import Path
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
 from repflow.callbacks import RepresentationMonitor
 from repflow.monitor.sinks import RunFileSink
 from tests.callbacks.test_lightning import Model, fit
@@ -351,23 +352,34 @@ class Plateau(Model):
         schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", patience=0)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "repflow/v_loc"}}
 
-path = Path(sys.argv[1])
+    def configure_model(self):
+        if self.device_mesh is not None:
+            for module in (*self.model.gpt_neox.layers, self.model):
+                fully_shard(module, mesh=self.device_mesh["data_parallel"])
+
+path, strategy = Path(sys.argv[1]), sys.argv[2]
+if strategy == "fsdp2":
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
 callback = RepresentationMonitor(every_n_steps=1, sinks=[RunFileSink(path / "run.db")])
-model, trainer = fit(path, callback, model=Plateau(), max_epochs=3, strategy="ddp", devices=2, num_sanity_val_steps=0)
+options = dict(max_epochs=3, strategy=strategy, devices=2, num_sanity_val_steps=0)
+model, trainer = fit(path, callback, model=Plateau(), **options)
 values = [float(trainer.callback_metrics["repflow/v_loc"]), trainer.optimizers[0].param_groups[0]["lr"]]
-values.append(sum(p.double().sum().item() for p in model.parameters()))
+whole = (getattr(p, "full_tensor", lambda p=p: p)() for p in model.parameters())
+values.append(sum(p.double().sum().item() for p in whole))
+values.append(callback.monitor.latest.sums.tolist())
 (path / f"rank{trainer.global_rank}.txt").write_text(repr(values))
 """
 
 
-def test_two_ranks_decide_alike(tmp_path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_decide_alike(tmp_path, strategy) -> None:
     """Schedules that follow our scalars must not let the replicas drift apart."""
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)
     root = Path(__file__).parents[2]
     paths = os.pathsep.join([str(root / "src"), str(root)])
-    command = [sys.executable, str(script), str(tmp_path)]
+    command = [sys.executable, str(script), str(tmp_path), strategy]
     subprocess.run(command, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, check=True, timeout=300)
     first, second = ((tmp_path / f"rank{rank}.txt").read_text() for rank in range(2))
     assert first == second
-    assert open_run(tmp_path / "run.db").tokens.values.tolist() == [32] * 9
+    assert open_run(tmp_path / "run.db").tokens.values.tolist() == [64] * 9

@@ -181,7 +181,8 @@ def test_only_training_forwards_with_gradients() -> None:
     with monitor.step(0):
         forwards(compiled)
     assert graphs_and_breaks() == bare and len(seen) == 3
-    assert monitor._ignored == {"forwards without gradients": 3, "forwards in evaluation mode": 3}
+    assert monitor._step is not None
+    assert monitor._step.ignored == {"forwards without gradients": 3, "forwards in evaluation mode": 3}
 
 
 def test_a_fault_on_a_sampled_step_leaves_training_alone() -> None:

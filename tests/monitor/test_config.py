@@ -36,6 +36,7 @@ def test_frozen_and_keyword_only() -> None:
         ("cka_tokens", -1, ValueError, "expected cka_tokens of 4 or more, got -1"),
         ("max_memory_mib", 0, ValueError, "expected max_memory_mib of 1 or more, got 0"),
         ("skip_first_tokens", -1, ValueError, "expected skip_first_tokens of 0 or more, got -1"),
+        ("reduce", "auto", TypeError, "expected reduce to be True or False, got 'auto'"),
         ("metrics", "cka", TypeError, r"expected metrics as a tuple of names, got 'cka'; write \('cka',\)"),
         (
             "metrics",

@@ -1,0 +1,129 @@
+"""Two ranks, joined by gloo, measure together what one process measures of the whole batch; none waits for ever."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from repflow.monitor.snapshot import SumLayout
+from tests.monitor import two_ranks
+from tests.monitor.two_ranks import one_process
+
+Results = list[dict[str, dict[str, Any]]]
+WAYS = ("plain", "ddp", "fsdp1", "fsdp2")
+LAYOUT = SumLayout(5)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What the scenarios of `two_ranks` gave on each rank."""
+    return two_ranks.run_both(tmp_path_factory.mktemp("ranks"), "gloo")
+
+
+def steps_of(result: dict[str, Any]) -> list[tuple[int, tuple[int, ...]]]:
+    """The steps that were written, and which ranks were silent."""
+    return [(step, silent) for step, _, _, silent in result["snapshots"]]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_ranks_equal_one_process(ranks: Results, way: str) -> None:
+    """At step 0 to the rounding of sums; later steps to that of the gradients."""
+    first = ranks[0][way]
+    want = one_process(steps=1 if way == "plain" else two_ranks.STEPS)
+    for (step, sums, scalars, silent), expected in zip(first["snapshots"], want, strict=way != "plain"):
+        assert (step, silent) == (expected.step, ())
+        tolerance = 1e-12 if step == 0 else 1e-5
+        torch.testing.assert_close(sums, expected.sums, rtol=tolerance, atol=tolerance)
+        assert scalars["loss"] == pytest.approx(expected.scalars["loss"], rel=1e-6)
+        assert expected.tokens > 0 and expected.cka.isfinite().all()
+        if way == "plain":
+            break
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_ranks_have_the_same_and_the_first_alone_writes(ranks: Results, way: str) -> None:
+    first, second = (results[way] for results in ranks)
+    assert steps_of(first) == [(0, ()), (1, ()), (2, ())] and second["snapshots"] == []
+    assert first["latest"][0] == second["latest"][0] == 2
+    assert torch.equal(first["latest"][1], second["latest"][1]) and first["latest"][2:] == second["latest"][2:]
+    assert torch.equal(first["latest"][1], first["snapshots"][-1][1])
+    assert first["said"] == second["said"] == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_one_collective_of_one_size_per_step_and_the_same_losses(ranks: Results, way: str) -> None:
+    for results in ranks:
+        assert len(results[way]["sizes"]) == two_ranks.STEPS and len(set(results[way]["sizes"])) == 1
+        assert results[way]["losses"] == results[way]["bare"]
+
+
+def test_a_rank_whose_hook_fails_goes_on_taking_part(ranks: Results) -> None:
+    first, second = (results["hook_fails"] for results in ranks)
+    assert steps_of(first) == [(0, ()), (1, (1,)), (2, (1,))] and second["latest"][3] == (1,)
+    torch.testing.assert_close(first["snapshots"][2][1], one_process((0,))[2].sums, rtol=1e-12, atol=1e-12)
+    assert torch.equal(first["latest"][1], second["latest"][1])
+    assert [scalars["silent_ranks"] for _, _, scalars, _ in first["snapshots"]] == [0, 1, 1]
+    assert first["losses"] == first["bare"] and second["losses"] == second["bare"]
+    (said,), (failed,) = first["said"], second["said"]
+    assert "step 1 is that of the other ranks of 2: rank 1 stopped monitoring" in said
+    assert "stopped monitoring at step 1: RuntimeError: planted. Training goes on" in failed
+
+
+def test_a_rank_that_fails_as_its_results_leave_brings_zeros(ranks: Results) -> None:
+    first, second = (results["packing_fails"] for results in ranks)
+    assert steps_of(first) == [(step, (0,)) for step in range(3)] and second["latest"][3] == (0,)
+    torch.testing.assert_close(first["snapshots"][0][1], one_process((1,))[0].sums, rtol=1e-12, atol=1e-12)
+    assert "stopped monitoring" in first["said"][0] and second["said"] == []
+
+
+def test_an_empty_batch_and_no_forward(ranks: Results) -> None:
+    first, second = (results["nothing_to_record"] for results in ranks)
+    assert steps_of(first) == [(0, ()), (1, (1,)), (2, (1,))]  # nobody recorded step 3
+    assert "rank 1 recorded nothing" in first["said"][0]
+    assert "recorded nothing on step 3" in first["said"][1] and "recorded nothing on step 3" in second["said"][0]
+
+
+def test_a_rank_whose_step_raises_and_goes_on(ranks: Results) -> None:
+    assert steps_of(ranks[0]["step_raises"]) == [(0, ()), (1, (1,)), (2, ())]
+    assert ranks[1]["step_raises"]["latest"][0] == 2
+
+
+def test_a_rank_that_is_gone_is_waited_for_no_longer_than_the_timeout(ranks: Results) -> None:
+    first, second = (results["ends_with_an_exception"] for results in ranks)
+    assert 3 < first["seconds"] < 15 and "CollectiveError: the sums could not be added up" in first["said"][0]
+    assert second["seconds"] < 1 and second["said"] == []
+    assert first["latest"][0] == second["latest"][0] == 0
+
+
+def test_ranks_that_meet_with_different_steps_leave_them_out(ranks: Results) -> None:
+    first, second = (results["different_steps"] for results in ranks)
+    assert steps_of(first) == [(0, ()), (3, ())] and second["latest"][0] == 3
+    for results in (first, second):
+        (said,) = results["said"]
+        assert "expected all ranks to publish the same step, got {0: 1, 1: 2} by rank" in said
+
+
+def test_a_rank_without_a_monitor_is_not_met(ranks: Results) -> None:
+    first, second = (results["one_rank_without_a_monitor"] for results in ranks)
+    assert first["total"].tolist() == second["total"].tolist() == [2.0] * 3
+    assert "expected a Monitor with the same choices on every rank" in first["said"][0] and len(first["said"]) == 1
+    torch.testing.assert_close(first["snapshots"][2][1], one_process((0,))[2].sums)
+
+
+def test_each_rank_for_itself(ranks: Results) -> None:
+    for rank, results in enumerate(ranks):
+        torch.testing.assert_close(results["not_reduced"]["latest"][1], one_process((rank,))[2].sums)
+
+
+def test_a_rank_that_is_late_is_not_waited_for(ranks: Results) -> None:
+    first, second = (results["late"] for results in ranks)
+    assert first["seconds"] < 1 and second["latest"][0] == 1 and first["said"] == []
+
+
+def test_scalars_are_averaged_by_name(ranks: Results) -> None:
+    first, second = (results["scalars"] for results in ranks)
+    of_first, of_second = first["latest"][2], second["latest"][2]
+    assert (of_first["a"], of_first["b"]) == (of_second["a"], of_second["b"]) == (0.5, 5.0)
+    assert of_second["own"] == 10.0 and len(of_first) == len(of_second) == 17 and of_first["silent_ranks"] == 0
+    assert "left out 'many_14': expected at most 16 scalars" in first["said"][0]
+    assert LAYOUT.views(first["latest"][1])["tokens"] > 0
