@@ -61,6 +61,14 @@ def printed(console: Console) -> str:
     return console.file.getvalue()
 
 
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Ctrl-C interrupts, also where the tests run in the background of a shell, which has its jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_a_demo_from_end_to_end(tmp_path: Path):
     out, folder = console(), tmp_path / "new" / "demo"
     result = run_demo(tiny_demo(folder), out)
