@@ -279,7 +279,7 @@ class Monitor:
     def _arm(self, mask: Tensor | None) -> None:
         if not self._joined:
             self._joined = True
-            key = f"{self._layout.num_states} states every {self.config.every_n_steps} steps"
+            key = f"{self._layout.size} sums every {self.config.every_n_steps} steps"
             self._ranks = find_ranks(self._layout, self._group, self.stream.blocks[0].module, key)
         if self._enabled:
             self._capture.arm(mask)
@@ -315,9 +315,7 @@ class Monitor:
         elif self._enabled and step.sums is not None:
             self._delivery.send(step)
         elif self._enabled:
-            self._warn(
-                recorded_nothing(step, self.stream.blocks[0].name, self._capture.resident), key="recorded nothing"
-            )
+            self._recorded_nothing(step)
 
     def _recorded_nothing(self, step: MeasuredStep) -> None:
         first = self.stream.blocks[0].name
@@ -350,9 +348,7 @@ class Monitor:
             return None
         if len(merged.silent) == len(merged.parts):
             if self._enabled:
-                self._warn(
-                    recorded_nothing(step, self.stream.blocks[0].name, self._capture.resident), key="recorded nothing"
-                )
+                self._recorded_nothing(step)
             return None
         if merged.silent and self._ranks.rank == 0:
             self._warn(silent_ranks(step.number, merged.parts), key=f"silent {merged.silent}")
