@@ -21,7 +21,7 @@ class Shape:
 
     name: str
     family: str
-    """"gpt_neox" or "mamba2"."""
+    """"gpt_neox" or "mamba2" of transformers, or "mamba_ssm"."""
     options: dict[str, Any]
     """Of its configuration."""
     rows: int
@@ -33,10 +33,20 @@ class Shape:
     @property
     def layers(self) -> int:
         """L, the number of blocks."""
-        return self.options["num_hidden_layers"]
+        return self.options["n_layer" if self.family == "mamba_ssm" else "num_hidden_layers"]
+
+    @property
+    def hidden(self) -> int:
+        """D, the number of features."""
+        return self.options["d_model" if self.family == "mamba_ssm" else "hidden_size"]
 
     def build(self, device: torch.device) -> nn.Module:
         """The model in bf16 and training mode, with random weights."""
+        if self.family == "mamba_ssm":
+            from mamba_ssm import MambaLMHeadModel  # docs/mamba_ssm.md tells how to build it
+            from mamba_ssm.models.config_mamba import MambaConfig
+
+            return MambaLMHeadModel(MambaConfig(**self.options), device=device, dtype=torch.bfloat16).train()
         import transformers
 
         config_class = {"gpt_neox": transformers.GPTNeoXConfig, "mamba2": transformers.Mamba2Config}[self.family]
@@ -50,7 +60,7 @@ class Shape:
         """What tells one shape from another in the results."""
         per_step = self.rows * self.tokens
         return {
-            "model": self.name, "layers": self.layers, "hidden": self.options["hidden_size"],
+            "model": self.name, "layers": self.layers, "hidden": self.hidden,
             "tokens_per_step": per_step, "micro_batches": self.micro_batches, "note": self.note,
         }  # fmt: skip
 
@@ -64,26 +74,31 @@ def gpt_neox(name: str, hidden: int, layers: int, heads: int, vocabulary: int, r
     return Shape(name, "gpt_neox", options, rows, tokens)
 
 
-def mamba2(
-    name: str, hidden: int, layers: int, state: int, head_dim: int, vocabulary: int, rows: int, tokens: int, chunk: int
-) -> Shape:
-    """A state-space model, on the pure PyTorch path of transformers."""
+def mamba2(name: str, hidden: int, layers: int, state: int, head_dim: int, vocabulary: int) -> Shape:
+    """A state-space model on the PyTorch path of transformers, which runs everywhere, and slowly: to try things out."""
     options: dict[str, Any] = {
         "hidden_size": hidden, "num_hidden_layers": layers, "state_size": state, "head_dim": head_dim, "expand": 2,
-        "num_heads": 2 * hidden // head_dim, "n_groups": 1, "vocab_size": vocabulary, "chunk_size": chunk,
+        "num_heads": 2 * hidden // head_dim, "n_groups": 1, "vocab_size": vocabulary, "chunk_size": 8,
     }  # fmt: skip
-    note = f"PyTorch path of transformers, chunks of {chunk}; fewer tokens, for it is slow and holds much memory"
-    return Shape(name, "mamba2", options, rows, tokens, note=note)
+    return Shape(name, "mamba2", options, 2, 24)
+
+
+def mamba_ssm(name: str, hidden: int, layers: int, vocabulary: int, rows: int, tokens: int) -> Shape:
+    """A state-space model on its own kernels, as it is trained."""
+    options: dict[str, Any] = {
+        "d_model": hidden, "n_layer": layers, "vocab_size": vocabulary, "ssm_cfg": {"layer": "Mamba2"},
+    }  # fmt: skip
+    return Shape(name, "mamba_ssm", options, rows, tokens, note="kernels of mamba_ssm; the residual stream is float32")
 
 
 SHAPES = (
     gpt_neox("GPTNeoX 410M", 1024, 24, 16, 50304, 8, 2048),
     gpt_neox("GPTNeoX 1.4B", 2048, 24, 16, 50304, 8, 2048),
-    mamba2("Mamba2 370M", 1024, 48, 128, 64, 50288, 1, 2048, 64),
+    mamba_ssm("Mamba2 370M", 1024, 48, 50288, 8, 2048),
 )
 QUICK_SHAPES = (
     gpt_neox("GPTNeoX tiny", 32, 3, 2, 64, 4, 24),
-    mamba2("Mamba2 tiny", 32, 3, 8, 8, 64, 2, 24, 8),
+    mamba2("Mamba2 tiny", 32, 3, 8, 8, 64),
 )
 
 
@@ -97,12 +112,18 @@ class Training:
         ids = torch.randint(0, shape.options["vocab_size"], (shape.rows, shape.tokens), device=device)
         self.batches: tuple[Tensor, ...] = ids.chunk(shape.micro_batches)
 
+    def loss(self, ids: Tensor) -> Tensor:
+        """The mean cross-entropy of each next token."""
+        if self.shape.family != "mamba_ssm":
+            return self.model(input_ids=ids, labels=ids, use_cache=False).loss
+        logits = self.model(ids).logits[:, :-1]
+        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
     def step(self, number: int = 0, context: StepContext = lambda number: nullcontext()) -> None:
         """One optimizer step, its forwards and backwards inside of `context`."""
         with context(number):
             for ids in self.batches:
-                loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
-                (loss / len(self.batches)).backward()
+                (self.loss(ids) / len(self.batches)).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
