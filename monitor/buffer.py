@@ -36,6 +36,10 @@ class CaptureBuffer:
             self._flat = flat = torch.empty(size, dtype=dtype, device=like.device)
         return flat[:size].view(shape)
 
+    def expect(self, dtype: torch.dtype) -> None:
+        """Have room for states of `dtype` from the first view on, however narrow the state that it is made for."""
+        self._widest = dtype if self._widest is None else torch.promote_types(self._widest, dtype)
+
     def widen(self, view: Tensor, dtype: torch.dtype) -> Tensor | None:
         """The same view and content in `dtype`; None if that exceeds the limit, and only later views will have it."""
         self._flat = None
@@ -49,5 +53,6 @@ class CaptureBuffer:
         self._flat = None
 
     def _dtype(self, like: Tensor) -> torch.dtype:
-        self._widest = like.dtype if self._widest is None else torch.promote_types(self._widest, like.dtype)
+        self.expect(like.dtype)
+        assert self._widest is not None
         return self._widest

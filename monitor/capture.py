@@ -102,6 +102,8 @@ class Capture:
 
     def __post_init__(self) -> None:
         self._chain = Chain(self.stream)
+        if any(getattr(block.module, "residual_in_fp32", False) for block in self.stream.blocks):
+            self.buffer.expect(torch.float32)  # as Mamba's are: h^(0) is as narrow as the weights, all others are not
         self.run = outside_graphs(self.run, resident=self.resident)
         if self.resident:
             self._taps = self._tap()

@@ -170,7 +170,10 @@ _NUMBERS = itertools.count()
 _ARMED: dict[int, Callable[..., None]] = {}
 """Receivers of the armed taps by number: what an operator of a compiled graph can reach is a number and this module."""
 
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
+def _is_exporting() -> bool:
+    # What `torch.compiler.is_exporting` returns; PyTorch 2.11 takes it for True whenever it compiles.
+    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

@@ -55,6 +55,7 @@ def train(model: Any, monitor: Monitor | None, ids: list[Tensor]) -> list[Tensor
             loss = toy.loss_of(model, batch)
             loss.backward()
         losses.append(loss.detach().clone())
+        model.zero_grad()  # gradients that stay would be added to in memory that a CUDA graph takes again
     return losses
 
 

@@ -265,6 +265,20 @@ def test_budget_of_memory_is_said() -> None:
     assert monitor.latest is not None and monitor.latest.tokens == 100  # whole sequences
 
 
+def test_budget_of_memory_where_only_the_first_state_is_narrow() -> None:
+    """A residual in float32 on an embedding in bfloat16: 341 tokens would fit if all states were like the first."""
+    sizes: dict = dict(vocab_size=32, hidden_size=512, num_hidden_layers=2, state_size=4, time_step_rank=4)
+    config = transformers.MambaConfig(**sizes, residual_in_fp32=True)
+    model = transformers.MambaForCausalLM(config).bfloat16().train()
+    monitor = Monitor(model, MonitorConfig(every_n_steps=1, max_memory_mib=1))
+    seen = captured(monitor)
+    with pytest.warns(RuntimeWarning, match="measures 170 tokens of a micro-batch instead of 240: max_memory_mib=1"):
+        with monitor.step(0):
+            ids = toy.batch(rows=4, tokens=60)
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert [(states.dtype, states.shape) for states in seen] == [(torch.float32, (3, 2, 60, 512))]
+
+
 def test_buffer_keeps_its_address() -> None:
     model = toy.Toy()
     monitor = Monitor(model, MonitorConfig(every_n_steps=1))
