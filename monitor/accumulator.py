@@ -8,11 +8,13 @@ from torch import Tensor
 from repflow.monitor.capture import CapturedForward
 from repflow.monitor.config import Metric, MonitorConfig
 from repflow.monitor.functional.inter_token import mean_pair_cosine
-from repflow.monitor.positions import every_position, group_sizes, token_positions, without_first
+from repflow.monitor.positions import every_position, token_positions, without_first
 from repflow.monitor.sampling import select
 from repflow.monitor.snapshot import POSITION_BINS, SumLayout
 from repflow.monitor.ssm import DecayCounts
 from repflow.triton_kernels import DepthStatistics, TokenSums, depth_and_token_sums, depth_statistics, hsic_statistics
+from repflow.triton_kernels._dispatch import use_triton
+from repflow.triton_kernels.groups import Groups, find_groups
 
 _SUM_BYTES = 32 * 2**20
 """Unit sums of this size are held at once: with many short sequences they would outgrow the states."""
@@ -27,6 +29,8 @@ class Accumulator:
         step: the optimizer step.
         device: where the states are.
         failed: called with the name of a metric and its exception; the other metrics go on.
+        documents: whether integer masks may tell documents apart. If not, the kernels take them as padding, which costs
+            less, and the largest value is kept: it tells if that was wrong.
     """
 
     def __init__(
@@ -36,28 +40,29 @@ class Accumulator:
         step: int,
         device: torch.device,
         failed: Callable[[Metric, Exception], None],
+        documents: bool = True,
     ) -> None:
-        self._config, self._step, self._failed = config, step, failed
+        self._config, self._step, self._failed, self._documents = config, step, failed, documents
         self.flat = layout.zeros(device)
         self.forwards = 0
+        self.counted_documents = False
+        """Whether a mask was looked through for documents, for which there is room for so many only."""
         self._sums = layout.views(self.flat)
 
     @torch.no_grad()
     def add(self, forward: CapturedForward, metrics: tuple[Metric, ...]) -> None:
-        """Add the statistics of one micro-batch.
-
-        Nothing here waits for the device, unless a mask of document numbers is on one.
-        """
+        """Add the statistics of one micro-batch. Nothing here waits for the device where the kernels run."""
         states = forward.states
         mask, bins = self._mask_and_bins(forward)
         with torch.autocast(states.device.type, enabled=False):
-            self._count_tokens(mask, forward.selection.shape)
             num_states, rows, _, features = states.shape
             # Unit sums, of h and Δh, are held for so many rows at once.
             step = max(1, _SUM_BYTES // (16 * num_states * features)) if "inter_token" in metrics else rows
             for start in range(0, rows, step):
                 part = slice(start, start + step)
-                self._add_rows(states[:, part], None if mask is None else mask[part], bins[part], metrics)
+                groups = self._groups(states, None if mask is None else mask[part])
+                self._count_tokens(groups, bins[part].shape)
+                self._add_rows(states[:, part], groups, bins[part], metrics)
             if "cka" in metrics:
                 try:
                     self._add_cka(states, mask)
@@ -79,8 +84,7 @@ class Accumulator:
             mask = mask.to(device, non_blocking=True)
             if mask.is_floating_point():
                 mask = mask > 0  # given with the step
-            if device.type != "cpu" and mask.dtype != torch.bool:
-                # Telling documents from padding would wait for the device: the value is looked at when results arrive.
+            if mask.dtype != torch.bool and not self._documents and use_triton(forward.states):
                 self._raise_to("mask_max", mask.max())
                 mask = mask != 0
             positions = token_positions(mask)
@@ -88,16 +92,31 @@ class Accumulator:
         take = forward.selection.take
         return None if mask is None else take(mask), take(positions.bins(POSITION_BINS))
 
-    def _count_tokens(self, mask: Tensor | None, shape: tuple[int, int]) -> None:
-        if mask is None:
+    def _groups(self, states: Tensor, mask: Tensor | None) -> Tensor | Groups | None:
+        """The mask of some rows, with document numbers turned into groups."""
+        if mask is None or mask.dtype == torch.bool:
+            return mask
+        if not use_triton(states):
+            return find_groups(mask)
+        groups = find_groups(mask, room=len(mask) + self._config.max_documents)
+        assert groups.found is not None
+        self.counted_documents = True
+        self._raise_to("documents_beyond", groups.found - len(mask))
+        return groups
+
+    def _count_tokens(self, groups: Tensor | Groups | None, shape: tuple[int, ...]) -> None:
+        if groups is None:
             rows, tokens = shape
             sums = [self._sums[name] for name in ("tokens", "sequences", "short_sequences")]
             _add_each(sums, [rows * tokens, rows, rows * (tokens < 2)])
-        else:
-            sizes = group_sizes(mask)
-            self._add(tokens=sizes.sum(), sequences=(sizes > 0).sum(), short_sequences=(sizes == 1).sum())
+            return
+        sizes = groups.sizes if isinstance(groups, Groups) else groups.sum(1)
+        tokens = groups.valid.sum() if isinstance(groups, Groups) else sizes.sum()
+        self._add(tokens=tokens, sequences=(sizes > 0).sum(), short_sequences=(sizes == 1).sum())
 
-    def _add_rows(self, states: Tensor, mask: Tensor | None, bins: Tensor, metrics: tuple[Metric, ...]) -> None:
+    def _add_rows(
+        self, states: Tensor, mask: Tensor | Groups | None, bins: Tensor, metrics: tuple[Metric, ...]
+    ) -> None:
         """Everything along depth, and the sums over tokens, which come from the same reads of the states."""
         depth = None
         if "inter_token" in metrics:
@@ -155,7 +174,7 @@ class Accumulator:
         selected = part.positions(batch, states.device)
         statistics = hsic_statistics(
             part.take(states, dim=1) if selected is None else states,
-            None if mask is None else part.take(mask),
+            self._groups(states, None if mask is None else part.take(mask)),
             estimator=config.cka_estimator,
             selected=selected,
         )

@@ -240,7 +240,7 @@ class Capture:
         flat_tokens = state.ndim == 2
         if flat_tokens:
             state = state.unsqueeze(0)
-            masks = CallMasks(*(mask.reshape(1, -1) if mask is not None else None for mask in masks))
+            masks = masks.of_flat_tokens()
         if state.ndim != 3:
             raise CaptureError(
                 f"expected states of shape [B, T, D], got {list(state.shape)} at the input of '{self._name(0)}'; "

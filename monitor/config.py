@@ -33,6 +33,10 @@ class MonitorConfig:
     """
     skip_first_tokens: int = 0
     """Leave out the first tokens of every sequence (attention sinks) from all statistics. Unit: tokens."""
+    max_documents: int = 64
+    """Packed rows on a GPU: room for so many documents of a micro-batch beyond one per row, since their number cannot be
+    known without waiting. Those beyond are left out of similarity and CKA, and that is said. Costs S·D·24 bytes each.
+    """
     metrics: tuple[Metric, ...] = get_args(Metric)
     """Which families to compute. Norms and the counts of non-finite and zero tokens always are.
 
@@ -114,6 +118,7 @@ _SMALLEST = {
     "max_tokens": 4,
     "cka_tokens": 4,
     "max_memory_mib": 1,
+    "max_documents": 0,
     "skip_first_tokens": 0,
     "seed": -(2**63),
 }

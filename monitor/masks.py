@@ -18,6 +18,13 @@ PADDING_ARGUMENTS: dict[str, Callable[[Tensor], Tensor]] = {
 """Names under which models take a mask `[B, T]`, and how to turn it into one where 0 is padding."""
 
 
+SEGMENT_ARGUMENTS = ("seq_idx",)
+"""Names under which models take the number of each token's document `[B, T]`, from 0; less is padding."""
+
+BOUNDARY_ARGUMENTS = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens", "cu_seq_lens")
+"""Names under which models take where each document of a single packed row begins, and the last one ends."""
+
+
 class CallMasks(NamedTuple):
     """What one call of a module says about its tokens."""
 
@@ -25,22 +32,28 @@ class CallMasks(NamedTuple):
     """0 at padding."""
     position_ids: Int[Tensor, "B T"] | None = None
     """Positions, which start again with each document of a packed row."""
+    segments: Int[Tensor, "B T"] | None = None
+    """Number of the document, from 0."""
+    boundaries: Int[Tensor, " N1"] | None = None
+    """Where each of N documents of the only row begins, and the last one ends."""
+
+    def of_flat_tokens(self) -> "CallMasks":
+        """The same of states without a dimension for rows."""
+        *by_token, boundaries = self
+        return CallMasks(*(None if mask is None else mask.reshape(1, -1) for mask in by_token), boundaries)
 
 
 class ToldMasks(NamedTuple):
     """What one call tells by itself: a mask may be told to be None."""
 
-    padding: Shaped[Tensor, "B T"] | None
-    position_ids: Int[Tensor, "B T"] | None
-    tells_padding: bool
-    tells_positions: bool
+    masks: CallMasks
+    tells: tuple[bool, ...]
+    """Which of them the call tells."""
 
     def within(self, outer: CallMasks) -> CallMasks:
         """The masks of the call, where `outer` are those of the call around it."""
-        return CallMasks(
-            self.padding if self.tells_padding else outer.padding,
-            self.position_ids if self.tells_positions else outer.position_ids,
-        )
+        pairs = zip(self.tells, self.masks, outer, strict=True)
+        return CallMasks(*(own if told else around for told, own, around in pairs))
 
 
 @no_type_check  # compilers trace it
@@ -64,17 +77,32 @@ class MaskReader:
                 padding = None if value is None else convert(value)
                 break
         tells_positions, ids = self._argument("position_ids", args, kwargs)
-        return ToldMasks(padding, ids, tells_padding, tells_positions)
+        tells_segments, segments = self._first(SEGMENT_ARGUMENTS, args, kwargs)
+        tells_boundaries, boundaries = self._first(BOUNDARY_ARGUMENTS, args, kwargs, 1)
+        told = CallMasks(padding, ids, segments, boundaries)
+        return ToldMasks(told, (tells_padding, tells_positions, tells_segments, tells_boundaries))
 
     def takes_mask(self) -> bool:
         """Whether the module's forward names a mask."""
         return any(name in self._parameters for name in PADDING_ARGUMENTS)
 
-    def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Tensor | None]:
+    def _first(
+        self, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], ndim: int = 2
+    ) -> tuple[bool, Tensor | None]:
+        """The first of several arguments that the call tells."""
+        for name in names:
+            tells, value = self._argument(name, args, kwargs, ndim)
+            if tells:
+                return tells, value
+        return False, None
+
+    def _argument(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], ndim: int = 2
+    ) -> tuple[bool, Tensor | None]:
         """Whether the call tells the argument, and its value."""
         position = self._parameters.index(name) if name in self._parameters else len(args)
         value = kwargs.get(name, args[position] if position < len(args) else None)
-        if isinstance(value, Tensor) and value.ndim == 2:
+        if isinstance(value, Tensor) and value.ndim == ndim:
             return True, value
         return value is None and name in self._parameters, None
 
@@ -82,15 +110,37 @@ class MaskReader:
 def token_groups(masks: CallMasks, rows: int, tokens: int) -> Bool[Tensor, "B T"] | Int[Tensor, "B T"] | None:
     """One mask `[rows, tokens]` of what a call said: 0 is padding, k is document k of its row; None, no padding.
 
+    Where documents are told in several ways, another begins wherever one of them says so.
+
     Raises:
         ValueError: a mask of another shape.
     """
     padding = fit_mask(masks.padding, rows, tokens)
-    ids = masks.position_ids
-    if ids is None or ids.shape[0] not in (1, rows) or ids.shape[1] != tokens:
+    ids, segments = (_fitting(values, rows, tokens) for values in (masks.position_ids, masks.segments))
+    if masks.boundaries is not None and rows == 1:
+        segments = _between(masks.boundaries, tokens)
+    told = segments if segments is not None else ids
+    if told is None:
         return padding
-    ids = ids.expand(rows, tokens)
-    return _documents(ids, torch.ones_like(ids, dtype=torch.bool) if padding is None else padding != 0)
+    valid = torch.ones_like(told, dtype=torch.bool) if padding is None else (padding != 0).to(told.device)
+    if segments is not None:
+        valid = valid & (segments >= 0)
+    numbered = padding is not None and padding.dtype != torch.bool
+    return _documents(valid, ids, [segments, padding if numbered else None])
+
+
+def _fitting(values: Tensor | None, rows: int, tokens: int) -> Tensor | None:
+    """`values [rows, tokens]`, also where one row stands for all; None where they are of another shape."""
+    if values is None or values.shape[0] not in (1, rows) or values.shape[1] != tokens:
+        return None
+    return values.expand(rows, tokens)
+
+
+def _between(boundaries: Int[Tensor, " N1"], tokens: int) -> Int64[Tensor, "1 T"]:
+    """The document of each token of a row, from 0; −1 before the first and behind the last."""
+    place = torch.arange(tokens, device=boundaries.device)
+    number = torch.searchsorted(boundaries.contiguous(), place, right=True) - 1
+    return torch.where(number < len(boundaries) - 1, number, -1).unsqueeze(0)
 
 
 def fit_mask(mask: Tensor | None, rows: int, tokens: int) -> Tensor | None:
@@ -112,11 +162,23 @@ def fit_mask(mask: Tensor | None, rows: int, tokens: int) -> Tensor | None:
     )
 
 
-def _documents(ids: Int[Tensor, "B T"], valid: Bool[Tensor, "B T"]) -> Int64[Tensor, "B T"]:
-    """Document numbers from 1 up: another begins where positions do not go on."""
-    begins = torch.zeros_like(ids, dtype=torch.bool)
-    begins[:, 1:] = ids[:, 1:] <= ids[:, :-1]
-    number = begins.cumsum(1)
-    # Positions of padding may do anything: count from the first token that is none.
-    first = torch.where(valid, number, ids.shape[1]).amin(1, keepdim=True)
-    return torch.where(valid, number - first + 1, 0)
+def _documents(
+    valid: Bool[Tensor, "B T"], ids: Int[Tensor, "B T"] | None, labels: list[Int[Tensor, "B T"] | None]
+) -> Int64[Tensor, "B T"]:
+    """Document numbers from 1 up, 0 at padding: another begins where positions do not go on, or a label changes.
+
+    Each token is held against the valid one before it, for padding may hold anything.
+    """
+    column = torch.arange(valid.shape[1], device=valid.device)
+    last = torch.where(valid, column, -1).cummax(1).values
+    before = torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)
+    begins = before < 0
+    place = before.clamp(min=0)
+    if ids is not None:
+        ids = ids.to(valid.device)
+        begins = begins | (ids <= ids.gather(1, place))
+    for label in labels:
+        if label is not None:
+            label = label.to(valid.device)
+            begins = begins | (label != label.gather(1, place))
+    return torch.where(valid, (begins & valid).cumsum(1), 0)

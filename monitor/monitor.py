@@ -19,6 +19,7 @@ from repflow.monitor.delivery import Delivery, MeasuredStep
 from repflow.monitor.notices import (
     ALONE,
     different_steps,
+    documents_left_out,
     misread_mask,
     recorded_nothing,
     short_sequences,
@@ -113,6 +114,7 @@ class Monitor:
         self._ranks: Ranks | None = None  # from the first sampled step on
         self._joined = not self.config.reduce
         self._cut_off = False  # by an exception: whether the other ranks go on is unknown
+        self._packed: bool | None = None  # whether integer masks tell documents apart; None: not known yet
         self._late_ms = 0.0  # spent between sampled steps: counted with the next one
         self._decays = DecayTaps(
             self.stream,
@@ -265,7 +267,8 @@ class Monitor:
         """Accumulate one micro-batch."""
         step, device = self._current(), forward.states.device
         if step.sums is None:
-            step.sums = Accumulator(self.config, self._layout, step.number, device, self._drop_metric)
+            packed = self._packed is not False
+            step.sums = Accumulator(self.config, self._layout, step.number, device, self._drop_metric, packed)
         with step.timed(device):
             step.sums.add(forward, self._metrics)
             if (decays := self._decays.take(forward)) is not None:
@@ -361,10 +364,17 @@ class Monitor:
                 continue
             sums = self._layout.views(values[: self._layout.size])
             if misread := misread_mask(step.number, sums):
+                self._packed = True
                 self._warn(misread, key="misread mask")
                 continue
+            if sums["documents_beyond"] > 0:
+                self._packed = True
+            elif self._packed is None and step.sums is not None and step.sums.counted_documents:
+                self._packed = False  # from now on integer masks are read as padding, which costs less
             self.latest = step.snapshot(values, self._layout, self.stream.name, self._late_ms)
             self._late_ms = 0.0
+            if left_out := documents_left_out(self.latest, sums, self.config.max_documents):
+                self._warn(left_out, key="documents")
             if short := short_sequences(self.latest, sums, self.config.cka_estimator):
                 self._warn(short, key="short sequences")
             if "ssm" in self._metrics and (unread := unread_decays(self.latest, sums, self.run)):

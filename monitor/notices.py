@@ -16,13 +16,25 @@ ALONE = (
 
 
 def misread_mask(step: int, sums: dict[str, Tensor]) -> str | None:
-    """A mask that was read as padding on a GPU, but holds document numbers: pairs may cross documents."""
+    """A mask that was read as padding, as those before were, but holds document numbers: pairs may cross documents."""
     largest = int(sums["mask_max"])
     if largest <= 1:
         return None
     return (
-        f"left out step {step}: its mask or positions tell documents apart (up to {largest} in a row), which a GPU run "
-        "cannot see without waiting; pass a boolean mask: monitor.step(k, mask=mask != 0)"
+        f"left out step {step}: its mask or positions tell documents apart (up to {largest} in a row), unlike those of "
+        "the steps before, and this is seen only afterwards; from now on each document is measured by itself"
+    )
+
+
+def documents_left_out(snapshot: Snapshot, sums: dict[str, Tensor], room: int) -> str | None:
+    """More documents than there is room for."""
+    beyond = int(sums["documents_beyond"]) - room
+    if beyond <= 0:
+        return None
+    return (
+        f"left {beyond} documents of a micro-batch out of similarity and CKA on step {snapshot.step}, the last of its "
+        f"rows: there is room for {room} beside one per row; raise max_documents, or pass a boolean mask to take each "
+        "row as one sequence"
     )
 
 

@@ -6,8 +6,6 @@ import torch
 from jaxtyping import Bool, Int, Int64
 from torch import Tensor
 
-from repflow.triton_kernels.groups import find_groups
-
 
 class Positions(NamedTuple):
     """Position among the valid tokens of the same group, so that padding on either side shifts nothing."""
@@ -29,27 +27,21 @@ def every_position(rows: int, tokens: int, device: torch.device) -> Positions:
 
 
 def token_positions(mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"]) -> Positions:
-    """Positions of every token, from the mask of the whole batch (before tokens are sampled)."""
+    """Positions of every token, from the mask of the whole batch (before tokens are sampled). Waits for no GPU."""
     if mask.dtype == torch.bool:
         return _row_positions(mask)
-    groups = find_groups(mask)
-    if groups.by_row:
-        return _row_positions(groups.index >= 0)
-    key = groups.index.flatten()
-    order = key.argsort(stable=True)
-    sizes = torch.bincount(key + 1, minlength=groups.count + 1)
-    first = sizes.cumsum(0) - sizes
-    rank = torch.empty_like(key)
-    rank[order] = torch.arange(key.numel(), device=key.device) - first[key[order] + 1]
-    return Positions(rank.view_as(groups.index), sizes[key + 1].view_as(groups.index))
+    tokens = mask.shape[1]
+    number, place = mask.sort(dim=1, stable=True)  # tokens of a document stand together, in their order
+    column = torch.arange(tokens, device=mask.device).expand_as(place)
+    begins, ends = (torch.ones_like(mask, dtype=torch.bool) for _ in range(2))
+    begins[:, 1:] = ends[:, :-1] = number[:, 1:] != number[:, :-1]
+    first = torch.where(begins, column, 0).cummax(1).values
+    last = torch.where(ends, column, tokens).flip(1).cummin(1).values.flip(1)
 
+    def back(values: Tensor) -> Tensor:
+        return torch.empty_like(place).scatter_(1, place, values)
 
-def group_sizes(mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"]) -> Int64[Tensor, " G"]:
-    """Valid tokens of every group."""
-    if mask.dtype == torch.bool:
-        return mask.sum(1)
-    groups = find_groups(mask)
-    return torch.bincount(groups.index.flatten() + 1, minlength=groups.count + 1)[1:]
+    return Positions(back(column - first), back(last - first + 1))
 
 
 def without_first(

@@ -35,7 +35,7 @@ class SumLayout:
     num_states: int
     ssm_blocks: tuple[int, ...] = ()
 
-    MAXIMA: ClassVar[tuple[str, ...]] = ("fourth_moment_max", "mask_max")
+    MAXIMA: ClassVar[tuple[str, ...]] = ("fourth_moment_max", "mask_max", "documents_beyond")
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -74,6 +74,7 @@ class SumLayout:
             "ssm_nonfinite": (ssm,),  # valid tokens with a Δ that is a NaN or an infinity
             "fourth_moment_max": (states,),  # the largest ‖x_c‖⁴ of one token
             "mask_max": (),  # the largest value of a mask that was read as padding only
+            "documents_beyond": (),  # documents of a micro-batch beyond one per row, where there is room for so many
         }
 
     @cached_property

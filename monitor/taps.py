@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 
-from repflow.monitor.masks import MaskReader, ToldMasks
+from repflow.monitor.masks import CallMasks, MaskReader, ToldMasks
 
 _T = TypeVar("_T")
 Read = Callable[[], tuple[bool, _T]]
@@ -163,7 +163,7 @@ class _MaskTap(_Tap):
 
     def trace(self, args: tuple[Any, ...], rest: Any) -> None:
         grad, told = self.reading(args, rest)
-        torch.ops.repflow.tap_masks(*told, grad, self.marker, self.order)
+        torch.ops.repflow.tap_masks(list(told.masks), list(told.tells), grad, self.marker, self.order)
 
 
 _NUMBERS = itertools.count()
@@ -198,10 +198,8 @@ def _readable(grad: bool, state: Tensor | None) -> tuple[bool, Tensor]:
 
 
 def _tap_masks(
-    padding: Tensor | None,
-    position_ids: Tensor | None,
-    tells_padding: bool,
-    tells_positions: bool,
+    masks: list[Tensor | None],
+    tells: list[bool],
     grad: bool,
     marker: Tensor,
     order: Tensor,
@@ -209,15 +207,13 @@ def _tap_masks(
     receive = _ARMED.get(int(marker))
     if receive is not None:
         # Copies: the graph reuses the memory of what it is done with, and masks are needed at the end of the forward.
-        padding, position_ids = (None if mask is None else mask.clone() for mask in (padding, position_ids))
-        told = ToldMasks(padding, position_ids, tells_padding, tells_positions)
+        told = ToldMasks(CallMasks(*(None if mask is None else mask.clone() for mask in masks)), tuple(tells))
         receive(lambda: (grad, told))
 
 
 _OPERATORS = {
     "tap_state(Tensor? state, bool grad, Tensor marker, Tensor(a!) order) -> ()": _tap_state,
-    "tap_masks(Tensor? padding, Tensor? position_ids, bool tells_padding, bool tells_positions, bool grad, "
-    "Tensor marker, Tensor(a!) order) -> ()": _tap_masks,
+    "tap_masks(Tensor?[] masks, bool[] tells, bool grad, Tensor marker, Tensor(a!) order) -> ()": _tap_masks,
 }
 # A CUDA graph would replay what the operator did when it was recorded: it is cut around operators of this tag, where
 # PyTorch has it, and else not made at all, since the operator works on the host.

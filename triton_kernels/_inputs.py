@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from repflow.triton_kernels.groups import Groups, find_groups
+
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -35,9 +37,9 @@ def check_states(name: str, states: Float[Tensor, "S B T D"], minimum: int = 1) 
 def check_mask(
     name: str,
     states: Float[Tensor, "S B T D"],
-    mask: Bool[Tensor, "R K"] | Int[Tensor, "R K"] | None,
+    mask: Bool[Tensor, "R K"] | Int[Tensor, "R K"] | Groups | None,
     shape: Sequence[int] | None = None,
-) -> Bool[Tensor, "R K"] | Int[Tensor, "R K"]:
+) -> Bool[Tensor, "R K"] | Int[Tensor, "R K"] | Groups:
     """`mask`, or one that keeps every token if there is none.
 
     Raises unless it fits the states, or the `shape` of what is selected of them; `name` is the caller's.
@@ -45,6 +47,9 @@ def check_mask(
     wanted = list(states.shape[1:3] if shape is None else shape)
     if mask is None:
         return torch.ones(wanted, dtype=torch.bool, device=states.device)
+    if isinstance(mask, Groups):
+        check_mask(name, states, mask.valid, shape)
+        return mask
     if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(
@@ -58,3 +63,11 @@ def check_mask(
     if mask.dtype.is_signed and mask.numel() and int(mask.min()) < 0:
         raise ValueError(f"`{name}`: expected document numbers from 0 (padding) up, got {int(mask.min())}")
     return mask
+
+
+def groups_of(
+    name: str, states: Float[Tensor, "S B T D"], mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"] | Groups | None
+) -> Groups:
+    """The groups of a mask that `check_mask` accepts."""
+    mask = check_mask(name, states, mask)
+    return mask if isinstance(mask, Groups) else find_groups(mask)

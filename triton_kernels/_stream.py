@@ -24,7 +24,7 @@ from torch import Tensor
 from repflow.triton_kernels._cohesion_kernels import sum_kernel, total_kernel
 from repflow.triton_kernels._depth_kernels import finish_kernel, walk_kernel
 from repflow.triton_kernels._sizes import ceil_div, power_of_2
-from repflow.triton_kernels.groups import find_groups
+from repflow.triton_kernels.groups import Groups, find_groups
 
 _TINY, _HUGE = 1e-24, 1e36  # Sums of squares in float32 outside these may have lost digits.
 _TINY_SPREAD = 1e-12
@@ -82,19 +82,17 @@ class Tokens:
     """[G + 1] int64, where each group begins in `order`."""
 
 
-def describe_tokens(states: Tensor, mask: Tensor | None) -> Tokens:
-    """What a mask that fits the states says. On a GPU, reading an integer one waits for the device."""
+def describe_tokens(states: Tensor, mask: Tensor | Groups | None) -> Tokens:
+    """What a mask that fits the states says. On a GPU, reading an integer one waits for the device, groups do not."""
     if mask is None:
         return Tokens(None, states.shape[1])
-    if mask.dtype == torch.bool:
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool:
         return Tokens(mask.contiguous().view(torch.uint8), states.shape[1])
-    groups = find_groups(mask.contiguous())  # the kernels count tokens row by row
-    valid = (groups.index >= 0).view(torch.uint8)
+    groups = find_groups(mask) if isinstance(mask, Tensor) else mask
+    valid = groups.valid.contiguous().view(torch.uint8)  # the kernels count tokens row by row
     if groups.by_row:
         return Tokens(valid, groups.count)
-    sorted_index, order = torch.where(groups.index < 0, groups.count, groups.index).flatten().sort(stable=True)
-    begin = torch.searchsorted(sorted_index, torch.arange(groups.count + 1, device=mask.device))
-    return Tokens(valid, groups.count, order, begin)
+    return Tokens(valid, groups.count, *groups.in_order)
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ def cut(tokens: Tokens, row_tokens: int, num_tokens: int, wanted: int, longest: 
 
 @torch.no_grad()
 def stream(
-    states: Tensor, mask: Tensor | None, *, depth: bool, sums: bool, settings: Settings | None = None
+    states: Tensor, mask: Tensor | Groups | None, *, depth: bool, sums: bool, settings: Settings | None = None
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The fields of `DepthStatistics` and of `TokenSums`, each empty unless asked for."""
     with torch.cuda.device(states.device) if states.is_cuda else nullcontext():

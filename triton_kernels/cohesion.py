@@ -7,9 +7,9 @@ from torch import Tensor
 
 from repflow.triton_kernels import reference
 from repflow.triton_kernels._dispatch import use_triton
-from repflow.triton_kernels._inputs import check_mask, check_states
+from repflow.triton_kernels._inputs import check_mask, check_states, groups_of
 from repflow.triton_kernels.depth import DepthStatistics, depth_statistics
-from repflow.triton_kernels.groups import find_groups
+from repflow.triton_kernels.groups import Groups
 
 
 class TokenSums(NamedTuple):
@@ -29,13 +29,15 @@ class TokenSums(NamedTuple):
 
 
 def token_sums(
-    states: Float[Tensor, "S B T D"], mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"] | None = None
+    states: Float[Tensor, "S B T D"],
+    mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"] | Groups | None = None,
 ) -> TokenSums:
     """Sums of the unit vectors of h^(l) and of Δh^(l) over each group (arXiv 2510.06640, Eq. 2, without n×n products).
 
     Args:
         states: h^(0) … h^(L), S = L + 1 ≥ 1, in float16, bfloat16, float32 or float64.
-        mask: attention mask (one group per row) or document numbers (one group per document); 0 is padding.
+        mask: attention mask (one group per row) or document numbers (one group per document); 0 is padding. Or what
+            `find_groups` makes of it.
 
     Returns:
         Sums in float64, counts in int64.
@@ -51,11 +53,12 @@ def token_sums(
         if mask is not None:
             check_mask("token_sums", states, mask)
         return TokenSums(*stream(states, mask, depth=False, sums=True)[1])
-    return TokenSums(*reference.token_sums(states, find_groups(check_mask("token_sums", states, mask))))
+    return TokenSums(*reference.token_sums(states, groups_of("token_sums", states, mask)))
 
 
 def depth_and_token_sums(
-    states: Float[Tensor, "S B T D"], mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"] | None = None
+    states: Float[Tensor, "S B T D"],
+    mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"] | Groups | None = None,
 ) -> tuple[DepthStatistics, TokenSums]:
     """`depth_statistics` and `token_sums` of the same states, which share the lengths on a GPU: one read less."""
     check_states("depth_and_token_sums", states, minimum=2)

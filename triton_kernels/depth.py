@@ -7,8 +7,8 @@ from torch import Tensor
 
 from repflow.triton_kernels import reference
 from repflow.triton_kernels._dispatch import use_triton
-from repflow.triton_kernels._inputs import check_mask, check_states
-from repflow.triton_kernels.groups import find_groups
+from repflow.triton_kernels._inputs import check_mask, check_states, groups_of
+from repflow.triton_kernels.groups import Groups
 
 
 class DepthStatistics(NamedTuple):
@@ -34,13 +34,15 @@ class DepthStatistics(NamedTuple):
 
 
 def depth_statistics(
-    states: Float[Tensor, "S B T D"], mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"] | None = None
+    states: Float[Tensor, "S B T D"],
+    mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"] | Groups | None = None,
 ) -> DepthStatistics:
     """Everything that repflow measures along depth (arXiv 2510.06640, section 3.2.1, Eq. 3 and 4).
 
     Args:
         states: h^(0) … h^(L) of B rows of T tokens, S = L + 1 ≥ 2, in float16, bfloat16, float32 or float64.
-        mask: attention mask or document numbers; 0 is padding. None: every token is valid.
+        mask: attention mask or document numbers; 0 is padding. Or what `find_groups` makes of it, told once for several
+            functions. None: every token is valid.
 
     Returns:
         Maps in float32 (float64 for float64 states), counts in int64. Computed in float64; on a GPU states other than
@@ -58,6 +60,4 @@ def depth_statistics(
         if mask is not None:
             check_mask("depth_statistics", states, mask)
         return DepthStatistics(*stream(states, mask, depth=True, sums=False)[0])
-    return DepthStatistics(
-        *reference.depth_statistics(states, find_groups(check_mask("depth_statistics", states, mask)))
-    )
+    return DepthStatistics(*reference.depth_statistics(states, groups_of("depth_statistics", states, mask)))

@@ -9,7 +9,7 @@ from torch import Tensor
 from repflow.triton_kernels import reference
 from repflow.triton_kernels._dispatch import use_triton
 from repflow.triton_kernels._inputs import check_mask, check_states
-from repflow.triton_kernels.groups import find_groups, group_members
+from repflow.triton_kernels.groups import Groups, find_groups, group_members
 
 Estimator = Literal["unbiased", "biased"]
 
@@ -46,7 +46,7 @@ class HsicStatistics(NamedTuple):
 
 def hsic_statistics(
     states: Float[Tensor, "S B T D"],
-    mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"] | None = None,
+    mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"] | Groups | None = None,
     *,
     estimator: Estimator = "unbiased",
     selected: Int64[Tensor, "R K"] | None = None,
@@ -60,7 +60,8 @@ def hsic_statistics(
 
     Args:
         states: h^(0) … h^(L), in float16, bfloat16, float32 or float64.
-        mask: attention mask (one group per row) or document numbers (one group per document); 0 is padding.
+        mask: attention mask (one group per row) or document numbers (one group per document); 0 is padding. Or what
+            `find_groups` makes of it.
         estimator: "unbiased" or "biased".
         selected: the tokens that are meant, as positions in the flattened batch; the mask is then of these, `[R, K]`.
             None: all of the batch. Nothing is checked of the positions, which would wait for a GPU.
@@ -88,7 +89,7 @@ def pairwise_hsic(
 
 
 def _hsic_statistics(
-    name: str, states: Tensor, mask: Tensor | None, estimator: Estimator, selected: Tensor | None = None
+    name: str, states: Tensor, mask: Tensor | Groups | None, estimator: Estimator, selected: Tensor | None = None
 ) -> HsicStatistics:
     check_states(name, states)
     if estimator not in get_args(Estimator):
@@ -105,8 +106,10 @@ def _hsic_statistics(
     return HsicStatistics(*compute(states, token, member, estimator, MIN_TOKENS[estimator]))
 
 
-def _members(mask: Tensor) -> tuple[Tensor, Tensor]:
+def _members(mask: Tensor | Groups) -> tuple[Tensor, Tensor]:
     """What `group_members` says of the groups of `mask`; where they are rows, without the groups: launches cost."""
+    if isinstance(mask, Groups):
+        return group_members(mask)
     if mask.dtype != torch.bool:
         return group_members(find_groups(mask))
     return torch.arange(mask.numel(), device=mask.device).view_as(mask), mask

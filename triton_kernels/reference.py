@@ -26,7 +26,7 @@ _MEAN_ROUNDING = 8 * torch.finfo(torch.float64).eps
 def depth_statistics(states: Tensor, groups: Groups) -> tuple[Tensor, ...]:
     """Fields of `DepthStatistics`."""
     num_states, rows, tokens, _ = states.shape
-    flat, valid = states.flatten(1, 2), groups.index.flatten() >= 0
+    flat, valid = states.flatten(1, 2), groups.valid.flatten()
     out = torch.float64 if states.dtype == torch.float64 else torch.float32
 
     def empty(*lead: int) -> Tensor:

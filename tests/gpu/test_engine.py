@@ -1,6 +1,6 @@
 """The engine on a GPU: the same numbers as on the CPU, without waiting, and without a trace in the training run."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,14 @@ from tests.gpu.compilations import count_compilations
 from tests.monitor import toy
 
 DEVICE = torch.device("cuda")
+
+
+MASKS: dict[str, Callable[[torch.Tensor], torch.Tensor | None]] = {
+    "none": lambda ids: None,
+    "bool": lambda ids: right_padding(ids),
+    "int": lambda ids: right_padding(ids).long(),
+    "documents": lambda ids: packed(ids),
+}
 
 
 @contextmanager
@@ -36,6 +44,13 @@ def snapshot_of(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor | 
     monitor.flush()
     assert monitor.latest is not None
     return monitor.latest
+
+
+def packed(ids: torch.Tensor) -> torch.Tensor:
+    """Two documents in each row, and a token of padding."""
+    numbers = (torch.arange(ids.shape[1], device=ids.device) * 2 // ids.shape[1] + 1).repeat(len(ids), 1)
+    numbers[:, -1] = 0
+    return numbers
 
 
 def right_padding(ids: torch.Tensor) -> torch.Tensor:
@@ -107,26 +122,23 @@ def test_nothing_is_compiled_when_lengths_vary() -> None:
     assert monitor.latest is not None and monitor.latest.step == 17 and monitor.latest.cka.isfinite().all()
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_same_bits_every_time(masked) -> None:
+@pytest.mark.parametrize("kind", MASKS)
+def test_the_same_bits_every_time(kind) -> None:
     """Of the same states, whatever ran before."""
     model = toy.Toy(blocks=4, width=256).to(DEVICE, torch.bfloat16).train()
     model.apply(lambda module: setattr(module, "p", 0.0) if isinstance(module, torch.nn.Dropout) else None)
     ids = toy.batch(4, 700).to(DEVICE)
-    snapshots = [snapshot_of(model, ids, right_padding(ids) if masked else None) for _ in range(3)]
+    snapshots = [snapshot_of(model, ids, MASKS[kind](ids)) for _ in range(3)]
     assert all(torch.equal(snapshots[0].sums, other.sums) for other in snapshots[1:])
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_same_numbers_as_on_the_cpu(masked) -> None:
+@pytest.mark.parametrize("kind", MASKS)
+def test_the_same_numbers_as_on_the_cpu(kind) -> None:
     """Float32 states of the two devices differ by rounding, 2⁻²⁴ relative and a few of them over four blocks."""
     model = toy.Toy(blocks=4, width=64)
     model.apply(lambda module: setattr(module, "p", 0.0) if isinstance(module, torch.nn.Dropout) else None)
     ids = toy.batch(6, 40)
-    mask = torch.ones_like(ids) if masked else None
-    if mask is not None:
-        mask[0, 30:] = 0
-        mask[3, :11] = 0
+    mask = MASKS[kind](ids)
     expected = snapshot_of(model, ids, mask)
     model.to(DEVICE)
     got = snapshot_of(model, ids.to(DEVICE), mask.to(DEVICE) if mask is not None else None)
@@ -135,13 +147,13 @@ def test_the_same_numbers_as_on_the_cpu(masked) -> None:
         torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["none", "bool", "int"])
+@pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("budget", [8192, 100])
 def test_nothing_waits_on_the_training_path(kind, budget) -> None:
     model = toy.Toy(blocks=4, width=64).to(DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     ids = toy.batch(6, 40).to(DEVICE)
-    mask = {"none": None, "bool": torch.ones_like(ids, dtype=torch.bool), "int": torch.ones_like(ids)}[kind]
+    mask = MASKS[kind](ids)
     monitor = Monitor(model, MonitorConfig(every_n_steps=2, max_tokens=budget, skip_first_tokens=1))
     for step in range(6):
         with syncs_are_errors():
@@ -171,16 +183,15 @@ def test_results_are_picked_up_on_a_later_step() -> None:
     assert monitor.latest is not None and monitor.latest.step == 0
 
 
-def test_document_numbers_on_the_device_are_left_out_and_said() -> None:
+def test_more_documents_than_there_is_room_for_are_said() -> None:
     model = toy.Toy().to(DEVICE)
-    monitor = Monitor(model, MonitorConfig(every_n_steps=1))
+    monitor = Monitor(model, MonitorConfig(every_n_steps=1, max_documents=3))
     ids = toy.batch().to(DEVICE)
-    documents = (torch.arange(12, device=DEVICE) // 6 + 1).repeat(4, 1)
     with monitor.step(0):
-        toy.loss_of(model, ids, documents).backward()
-    with pytest.warns(RuntimeWarning, match=r"left out step 0: its mask or positions tell documents apart \(up to 2"):
+        toy.loss_of(model, ids, packed(ids)).backward()
+    with pytest.warns(RuntimeWarning, match="left 1 documents of a micro-batch out of similarity and CKA on step 0"):
         monitor.flush()
-    assert monitor.latest is None and monitor.enabled
+    assert monitor.latest is not None and monitor.latest.sequences == 7 and monitor.latest.tokens == 44
 
 
 def run(monitored: bool, family: str) -> tuple[list[float], torch.Tensor, list[torch.Tensor]]:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from repflow.monitor.positions import every_position, group_sizes, token_positions, without_first
+from repflow.monitor.positions import every_position, token_positions, without_first
 from repflow.monitor.sampling import Schedule, select
+from repflow.triton_kernels.groups import find_groups
 
 
 def indices(selection, batch: tuple[int, int]) -> tuple[list[int], list[int]]:
@@ -108,9 +109,9 @@ def test_positions_where_every_token_is_valid() -> None:
     [([[1, 0, 1], [0, 0, 0]], [2, 0]), ([[1, 1, 2], [3, 0, 0]], [2, 1, 1])],
 )
 def test_sizes_of_groups(mask, sizes) -> None:
-    assert group_sizes(torch.tensor(mask)).tolist() == sizes
+    assert find_groups(torch.tensor(mask)).sizes.tolist() == sizes
     if max(map(max, mask)) == 1:
-        assert group_sizes(torch.tensor(mask).bool()).tolist() == sizes
+        assert find_groups(torch.tensor(mask).bool()).sizes.tolist() == sizes
 
 
 def test_positions_in_packed_documents() -> None:
