@@ -43,8 +43,9 @@ class Shape:
     def build(self, device: torch.device) -> nn.Module:
         """The model in bf16 and training mode, with random weights."""
         if self.family == "mamba_ssm":
-            from mamba_ssm import MambaLMHeadModel  # docs/mamba_ssm.md tells how to build it
-            from mamba_ssm.models.config_mamba import MambaConfig
+            # docs/mamba_ssm.md tells how to build it
+            from mamba_ssm import MambaLMHeadModel  # pyright: ignore[reportMissingImports]
+            from mamba_ssm.models.config_mamba import MambaConfig  # pyright: ignore[reportMissingImports]
 
             return MambaLMHeadModel(MambaConfig(**self.options), device=device, dtype=torch.bfloat16).train()
         import transformers

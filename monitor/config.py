@@ -34,8 +34,9 @@ class MonitorConfig:
     skip_first_tokens: int = 0
     """Leave out the first tokens of every sequence (attention sinks) from all statistics. Unit: tokens."""
     max_documents: int = 64
-    """Packed rows on a GPU: room for so many documents of a micro-batch beyond one per row, since their number cannot be
-    known without waiting. Those beyond are left out of similarity and CKA, and that is said. Costs S·D·24 bytes each.
+    """Packed rows on a GPU: room for so many documents of a micro-batch beyond one per row, since their number cannot
+    be known without waiting. Those beyond it are left out of similarity and CKA, and that is said. Each costs S·D·24
+    bytes while a micro-batch is added up.
     """
     metrics: tuple[Metric, ...] = get_args(Metric)
     """Which families to compute. Norms and the counts of non-finite and zero tokens always are.

@@ -39,8 +39,8 @@ class CallMasks(NamedTuple):
 
     def of_flat_tokens(self) -> "CallMasks":
         """The same of states without a dimension for rows."""
-        *by_token, boundaries = self
-        return CallMasks(*(None if mask is None else mask.reshape(1, -1) for mask in by_token), boundaries)
+        rows = (None if mask is None else mask.reshape(1, -1) for mask in self[:3])
+        return CallMasks(*rows, boundaries=self.boundaries)
 
 
 class ToldMasks(NamedTuple):

@@ -272,10 +272,9 @@ def test_budget_of_memory_where_only_the_first_state_is_narrow() -> None:
     model = transformers.MambaForCausalLM(config).bfloat16().train()
     monitor = Monitor(model, MonitorConfig(every_n_steps=1, max_memory_mib=1))
     seen = captured(monitor)
-    with pytest.warns(RuntimeWarning, match="measures 170 tokens of a micro-batch instead of 240: max_memory_mib=1"):
-        with monitor.step(0):
-            ids = toy.batch(rows=4, tokens=60)
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    ids, said = toy.batch(rows=4, tokens=60), "measures 170 tokens of a micro-batch instead of 240: max_memory_mib=1"
+    with pytest.warns(RuntimeWarning, match=said), monitor.step(0):
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     assert [(states.dtype, states.shape) for states in seen] == [(torch.float32, (3, 2, 60, 512))]
 
 
