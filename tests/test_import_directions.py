@@ -25,6 +25,7 @@ TIERS = (
         *("notices", "positions", "ranks", "run_info", "signatures", "ssm", "taps"),
     },
     {"sinks"},
+    {"publication"},
     {"monitor"},
     {"demo", "inspection", "offline", "report", "theory"},
     {"cli"},

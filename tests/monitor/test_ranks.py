@@ -7,7 +7,7 @@ import torch
 
 from repflow.monitor.snapshot import SumLayout
 from tests.monitor import two_ranks
-from tests.monitor.two_ranks import one_process
+from tests.monitor.rank_training import STEPS, one_process
 
 Results = list[dict[str, dict[str, Any]]]
 WAYS = ("plain", "ddp", "fsdp1", "fsdp2")
@@ -16,7 +16,7 @@ LAYOUT = SumLayout(5)
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What the scenarios of `two_ranks` gave on each rank."""
+    """What the scenarios of `rank_scenarios` gave on each rank."""
     return two_ranks.run_both(tmp_path_factory.mktemp("ranks"), "gloo")
 
 
@@ -29,7 +29,7 @@ def steps_of(result: dict[str, Any]) -> list[tuple[int, tuple[int, ...]]]:
 def test_two_ranks_equal_one_process(ranks: Results, way: str) -> None:
     """At step 0 to the rounding of sums; later steps to that of the gradients."""
     first = ranks[0][way]
-    want = one_process(steps=1 if way == "plain" else two_ranks.STEPS)
+    want = one_process(steps=1 if way == "plain" else STEPS)
     for (step, sums, scalars, silent), expected in zip(first["snapshots"], want, strict=way != "plain"):
         assert (step, silent) == (expected.step, ())
         tolerance = 1e-12 if step == 0 else 1e-5
@@ -53,7 +53,7 @@ def test_all_ranks_have_the_same_and_the_first_alone_writes(ranks: Results, way:
 @pytest.mark.parametrize("way", WAYS)
 def test_one_collective_of_one_size_per_step_and_the_same_losses(ranks: Results, way: str) -> None:
     for results in ranks:
-        assert len(results[way]["sizes"]) == two_ranks.STEPS and len(set(results[way]["sizes"])) == 1
+        assert len(results[way]["sizes"]) == STEPS and len(set(results[way]["sizes"])) == 1
         assert results[way]["losses"] == results[way]["bare"]
 
 
