@@ -3,7 +3,7 @@
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -23,8 +23,9 @@ from repflow.monitor.sampling import Schedule, Selection, select
 from repflow.monitor.sinks import AbstractSink, FanOutSink
 from repflow.monitor.snapshot import RunInfo, Snapshot
 from repflow.monitor.ssm import DecayTaps
-from repflow.monitor.taps import is_compiled
+from repflow.monitor.taps import is_compiled, outside_modes
 from repflow.monitor.warning import WarnOnce
+from repflow.monitor.weakly import weakly
 
 
 class Monitor:
@@ -53,7 +54,8 @@ class Monitor:
     Where each rank holds a slice of every sequence (context or sequence parallelism), a slice counts as a sequence:
     what is a sum over tokens (norms, `adjacent`, V_loc, V_glob, `tokens`) is exact, but `inter_token` is the mean
     similarity within slices, CKA takes HSIC within slices, and `sequences`, positions and `skip_first_tokens` are those
-    of slices.
+    of slices. States may be DTensors that are replicated or sharded by sequences; of others, a rank has only a part, and
+    nothing is measured.
 
     Args:
         model: what is trained; it may be wrapped.
@@ -62,7 +64,8 @@ class Monitor:
         blocks: see `find_residual_stream`.
         stream: see `find_residual_stream`.
         name: of the run; the model's class and the time if None.
-        process_group: the ranks that share a batch; the default group if None.
+        process_group: the ranks that share a batch; the default group if None. Of ranks that see the same tokens, as
+            under tensor parallelism, each would count them: pass the data-parallel group then, or `reduce=False`.
 
     Raises:
         ValueError: no residual stream was found, or `states="hf"` for a model without a final norm.
@@ -97,21 +100,21 @@ class Monitor:
         self._cut_off = False  # by an exception: whether the other ranks go on is unknown
         resident = is_compiled(model) if self.config.compiled == "auto" else self.config.compiled
         self._publication = Publication(
-            self.run, self.stream, self.config, self._sink, process_group, resident, self._warn, self._stop
+            self.run, self.stream, self.config, self._sink, process_group, resident, self._warn, weakly(self._stop)
         )
         self._decays = DecayTaps(
             self.stream,
             skip_first=self.config.skip_first_tokens,
-            failed=functools.partial(self._drop_metric, "ssm"),
-            timed=lambda device: self._current().timed(device),
+            failed=functools.partial(weakly(self._drop_metric), "ssm"),
+            timed=weakly(self._timed),
         )
         self._capture = Capture(
             stream=self.stream,
             final_norm=self.config.states == "hf",
             buffer=CaptureBuffer(self.config.max_memory_mib),
-            choose=self._choose,
-            on_forward=self._add,
-            run=self._run,
+            choose=weakly(self._choose),
+            on_forward=weakly(self._add),
+            run=weakly(self._run),
             resident=resident,
             inner=self._decays.hooks() if "ssm" in self._metrics else (),
         )
@@ -252,7 +255,8 @@ class Monitor:
         """Accumulate one micro-batch."""
         step, device = self._current(), forward.states.device
         if step.sums is None:
-            step.sums = Accumulator(self.config, self.run.layout, step.number, device, self._drop_metric)
+            failed = weakly(self._drop_metric)
+            step.sums = Accumulator(self.config, self.run.layout, step.number, device, failed)
         with step.timed(device):
             step.sums.add(forward, self._metrics)
             if (decays := self._decays.take(forward)) is not None:
@@ -262,6 +266,9 @@ class Monitor:
         if self._step is None:
             raise RuntimeError("a hook ran outside of a monitored step")
         return self._step
+
+    def _timed(self, device: torch.device) -> AbstractContextManager[None]:
+        return self._current().timed(device)
 
     def _arm(self, mask: Tensor | None) -> None:
         self._publication.join()
@@ -297,10 +304,11 @@ class Monitor:
         self._publication.collect(self._metrics, wait=wait)
 
     def _run(self, call: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        """`call`, timed, and with every exception turned into a warning and the end of monitoring."""
+        """`call`, timed, unseen, and with every exception turned into a warning and the end of monitoring."""
         began = time.perf_counter()
         try:
-            call(*args, **kwargs)
+            with outside_modes():
+                call(*args, **kwargs)
         except Exception as error:
             self._stop(error)
         finally:

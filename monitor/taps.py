@@ -12,11 +12,13 @@ import itertools
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, cast, no_type_check
 
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 from repflow.monitor.masks import MaskReader, ToldMasks
@@ -52,6 +54,15 @@ def outside_graphs(run: Callable[..., None], *, resident: bool) -> Callable[...,
     return cast(Callable[..., None], torch.compiler.disable(run))
 
 
+def outside_modes() -> AbstractContextManager[object]:
+    """Hide what runs inside from modes that see every operation.
+
+    Selective checkpointing keeps what some operations return, in order, and hands it out when it runs the block again:
+    it would take the monitor's results for the model's. A counter of FLOPs would count the monitor's.
+    """
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
+
+
 class Taps:
     """The hooks of one reader of a model.
 
@@ -65,7 +76,7 @@ class Taps:
         self._receivers: dict[int, Callable[..., None]] = {}
         self._handles: list[RemovableHandle] = []
         # Whoever drops a monitor without closing it, as a notebook cell run again does, leaves no hooks behind.
-        weakref.finalize(self, _remove, self._handles)
+        weakref.finalize(self, _remove, self._handles, self._receivers)
 
     def on_masks(self, module: Module, receive: Callable[[Read[ToldMasks]], None]) -> None:
         """Call `receive` with the masks that each call of `module` gets."""
@@ -85,13 +96,11 @@ class Taps:
 
     def disarm(self) -> None:
         """From now on nothing is called."""
-        for number in self._receivers:
-            _ARMED.pop(number, None)
+        _disarm(self._receivers)
 
     def remove(self) -> None:
         """Take the hooks off the model. A graph that has them is compiled again when it is next called."""
-        self.disarm()
-        _remove(self._handles)
+        _remove(self._handles, self._receivers)
 
     def _add(
         self, register: Callable[..., RemovableHandle], kind: type["_Tap"], read: Any, receive: Any, **options: Any
@@ -109,7 +118,7 @@ class _Tap:
     block to block.
     """
 
-    def __init__(self, number: int = -1, read: Any = None, order: Tensor | None = None) -> None:
+    def __init__(self, number: int, read: Any, order: Tensor | None) -> None:
         self.number, self.read, self.order = number, read, order
         # The number as a tensor: blocks that share one graph differ in what they feed it.
         self.marker = None if order is None else torch.tensor([number], device="cpu")
@@ -129,31 +138,49 @@ class _Tap:
 
     def trace(self, args: tuple[Any, ...], rest: Any) -> None:
         """Leave the operator in the graph. Whatever goes wrong shows when it runs, not here."""
+        raise NotImplementedError
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """A copy takes any arguments and does nothing. Every Python has it: models load where repflow is not there."""
+        return getattr, (nullcontext(), "__exit__")
+
+
+@no_type_check
+class _StateTap(_Tap):
+    def state(self, args: tuple[Any, ...], rest: Any) -> Tensor:
+        """What the tap is there to read."""
+        raise NotImplementedError
+
+    def reading(self, args: tuple[Any, ...], rest: Any) -> tuple[bool, Tensor]:
+        state = self.state(args, rest).detach()
+        plain = _plain(state)
+        if plain is None:
+            raise TypeError(
+                f"expected states that every rank holds whole, got a DTensor with placements {state.placements}, of "
+                "which each has a part; pass blocks=[...] whose states are replicated, or sharded by sequences"
+            )
+        return torch.is_grad_enabled(), plain
+
+    def trace(self, args: tuple[Any, ...], rest: Any) -> None:
         try:
-            grad, state = self.reading(args, rest)
+            state = _plain(self.state(args, rest).detach())
         except Exception:
-            grad, state = False, None
-        if type(state) is not Tensor:  # an operator does not take DTensor and its like
             state = None
-        torch.ops.repflow.tap_state(state, grad, self.marker, self.order)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Tap":
-        return type(self)()
-
-    def __reduce__(self) -> tuple[type["_Tap"], tuple[()]]:
-        return type(self), ()
+        if type(state) is not Tensor:  # an operator takes nothing else
+            state = None
+        torch.ops.repflow.tap_state(state, torch.is_grad_enabled(), self.marker, self.order)
 
 
 @no_type_check
-class _EntryTap(_Tap):
-    def reading(self, args: tuple[Any, ...], rest: Any) -> tuple[bool, Tensor]:
-        return torch.is_grad_enabled(), self.read(args, rest).detach()
+class _EntryTap(_StateTap):
+    def state(self, args: tuple[Any, ...], rest: Any) -> Tensor:
+        return self.read(args, rest)
 
 
 @no_type_check
-class _ExitTap(_Tap):
-    def reading(self, args: tuple[Any, ...], rest: Any) -> tuple[bool, Tensor]:
-        return torch.is_grad_enabled(), self.read(rest).detach()
+class _ExitTap(_StateTap):
+    def state(self, args: tuple[Any, ...], rest: Any) -> Tensor:
+        return self.read(rest)
 
 
 @no_type_check
@@ -173,10 +200,28 @@ _ARMED: dict[int, Callable[..., None]] = {}
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
-def _remove(handles: list[RemovableHandle]) -> None:
+def _disarm(receivers: dict[int, Callable[..., None]]) -> None:
+    for number in receivers:
+        _ARMED.pop(number, None)
+
+
+def _remove(handles: list[RemovableHandle], receivers: dict[int, Callable[..., None]]) -> None:
+    _disarm(receivers)
     for handle in handles:
         handle.remove()
     handles.clear()
+
+
+@no_type_check  # compilers trace it
+def _plain(state: Tensor) -> Tensor | None:
+    """What this rank has of a DTensor: the whole, or whole sequences. None if it is less; other tensors as they are."""
+    placements = getattr(state, "placements", None)
+    if placements is None:
+        return state
+    for placement, ranks in zip(placements, state.device_mesh.shape, strict=True):
+        if ranks > 1 and not (placement.is_replicate() or (placement.is_shard(0) and state.ndim == 3)):
+            return None
+    return state.to_local()
 
 
 def _tap_state(state: Tensor | None, grad: bool, marker: Tensor, order: Tensor) -> None:
@@ -188,8 +233,8 @@ def _tap_state(state: Tensor | None, grad: bool, marker: Tensor, order: Tensor) 
 def _readable(grad: bool, state: Tensor | None) -> tuple[bool, Tensor]:
     if state is None:
         raise TypeError(
-            "expected a block that takes and returns its state as a plain floating tensor, got something else while "
-            "the model was compiled; pass the blocks that do, blocks=[...]"
+            "expected a block that takes and returns its state as a plain floating tensor, or as a DTensor that every "
+            "rank holds whole, got something else while the model was compiled; pass the blocks that do, blocks=[...]"
         )
     return grad, state
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.monitor import two_ranks
-from tests.monitor.rank_training import STEPS, one_process
-from tests.monitor.test_ranks import WAYS, Results, steps_of
+from tests.monitor.rank_training import STEPS, WAYS, one_process
+from tests.monitor.test_ranks import Results, steps_of
 
 
 @pytest.fixture(scope="module")

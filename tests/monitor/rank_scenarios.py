@@ -14,11 +14,26 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, distribute_module, distribute_tensor
 
 from repflow.monitor import ranks
 from tests.monitor import toy
-from tests.monitor.rank_training import batch, device, model, no_waiting, result, train, watch, wrapped
+from tests.monitor.compiling import graphs_and_breaks
+from tests.monitor.rank_training import (
+    PLACEMENTS,
+    WAYS,
+    batch,
+    device,
+    model,
+    no_waiting,
+    result,
+    states,
+    train,
+    watch,
+    wrapped,
+)
 
 
 def way_of_training(kind: str, rank: int, caught: list[warnings.WarningMessage]) -> dict[str, Any]:
@@ -184,8 +199,55 @@ def scalars(rank: int, caught: list[warnings.WarningMessage]) -> dict[str, Any]:
     return result(monitor, sink, caught)
 
 
+class Stream(nn.Module):
+    """Blocks and no embedding, so that states have whatever form the input has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = model().blocks
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def distributed_tensors(
+    placement: Placement, compiled: bool, rank: int, caught: list[warnings.WarningMessage]
+) -> dict[str, Any]:
+    """Two steps whose states are DTensors, without the monitor and with it: their gradients, graphs and breaks."""
+    mesh = init_device_mesh(device().type, (2,))
+    x = distribute_tensor(states().to(device()), mesh, [placement])
+
+    def step(run: nn.Module) -> Tensor:
+        run(x).square().mean().backward()
+        return next(run.parameters()).grad.full_tensor()  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+
+    def prepared() -> nn.Module:
+        torch.compiler.reset()
+        graphs_and_breaks()
+        net = distribute_module(Stream(), mesh)
+        return torch.compile(net, backend="aot_eager", fullgraph=True) if compiled else net  # pyright: ignore
+
+    net = prepared()
+    bare = [step(net), step(net)], graphs_and_breaks()
+    net = prepared()
+    monitor, sink = watch(net, reduce=placement.is_shard(0))
+    grads = []
+    for number in range(2):
+        with monitor.step(number):
+            grads.append(step(net))
+    monitor.close()
+    return result(monitor, sink, caught, bare=bare, got=(grads, graphs_and_breaks()))
+
+
 SCENARIOS: dict[str, Callable[[int, list[warnings.WarningMessage]], dict[str, Any]]] = {
-    **{kind: partial(way_of_training, kind) for kind in ("plain", "ddp", "fsdp1", "fsdp2")},
+    **{kind: partial(way_of_training, kind) for kind in WAYS},
+    **{
+        f"{name}, {'compiled' if compiled else 'eager'}": partial(distributed_tensors, placement, compiled)
+        for name, placement in PLACEMENTS.items()
+        for compiled in (False, True)
+    },
     **{
         call.__name__: call
         for call in (

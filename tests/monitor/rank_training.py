@@ -3,13 +3,20 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from repflow.monitor import Monitor, MonitorConfig, RunInfo, Snapshot
@@ -17,6 +24,10 @@ from repflow.monitor.sinks import AbstractSink
 from tests.monitor import toy
 
 STEPS = 3
+WAYS = ("plain", "ddp", "fsdp1", "fsdp2", "fsdp1 checkpointed", "fsdp2 checkpointed")
+"""How a model is trained on several ranks."""
+PLACEMENTS = {"replicated": Replicate(), "rows": Shard(0), "tokens": Shard(1), "features": Shard(2)}
+"""What each rank has of a state that is a DTensor."""
 
 
 class Keep(AbstractSink):
@@ -66,6 +77,11 @@ def batch(step: int, rank: int, where: torch.device | None = None) -> tuple[Tens
         mask[2, 1:] = 0
     where = where or device()
     return ids.to(where), mask.to(where) if where.type == "cpu" else mask.to(where) != 0
+
+
+def states() -> Tensor:
+    """h^(0) for blocks without an embedding: the same on every rank."""
+    return torch.randn(4, 12, 16, generator=torch.Generator().manual_seed(0))
 
 
 def one_process(
@@ -127,17 +143,28 @@ def result(monitor: Monitor, sink: Keep, caught: list[warnings.WarningMessage], 
 
 def wrapped(net: nn.Module, kind: str) -> nn.Module:
     """The model as users train it on several ranks."""
+    kind, _, checkpointed = kind.partition(" ")
+    if kind == "fsdp2" and checkpointed:  # first what it computes, then how it is sharded; the other way with FSDP1
+        checkpoint(net, CheckpointImpl.NO_REENTRANT)
     match kind:
         case "ddp":
             return DistributedDataParallel(net)
         case "fsdp1":
             policy = ModuleWrapPolicy({toy.Block})
-            return FullyShardedDataParallel(net, auto_wrap_policy=policy, device_id=device())
+            net = FullyShardedDataParallel(net, auto_wrap_policy=policy, device_id=device())
         case "fsdp2":
             for block in net.blocks:  # pyright: ignore[reportGeneralTypeIssues]
                 fully_shard(block)
             fully_shard(net)
+    if kind == "fsdp1" and checkpointed:
+        checkpoint(net, CheckpointImpl.REENTRANT)
     return net
+
+
+def checkpoint(net: nn.Module, kind: CheckpointImpl) -> None:
+    """Wrap each block as FSDP's users do."""
+    wrapper = partial(checkpoint_wrapper, checkpoint_impl=kind)
+    apply_activation_checkpointing(net, wrapper, lambda module: isinstance(module, toy.Block))
 
 
 @contextmanager
