@@ -54,8 +54,8 @@ class Monitor:
     Where each rank holds a slice of every sequence (context or sequence parallelism), a slice counts as a sequence:
     what is a sum over tokens (norms, `adjacent`, V_loc, V_glob, `tokens`) is exact, but `inter_token` is the mean
     similarity within slices, CKA takes HSIC within slices, and `sequences`, positions and `skip_first_tokens` are those
-    of slices. States may be DTensors that are replicated or sharded by sequences; of others, a rank has only a part, and
-    nothing is measured.
+    of slices. States may be DTensors that are replicated or sharded by sequences; of others each rank has but a part,
+    and nothing is measured.
 
     Args:
         model: what is trained; it may be wrapped.

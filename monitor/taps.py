@@ -25,7 +25,7 @@ from repflow.monitor.masks import MaskReader, ToldMasks
 
 _T = TypeVar("_T")
 Read = Callable[[], tuple[bool, _T]]
-"""Gives whether gradients were enabled in a call, and what the tap reads of it."""
+"""Gives whether a call trains, by its grad mode and its state, and what the tap reads of it."""
 
 
 def is_compiled(model: Module) -> bool:
@@ -152,23 +152,27 @@ class _StateTap(_Tap):
         raise NotImplementedError
 
     def reading(self, args: tuple[Any, ...], rest: Any) -> tuple[bool, Tensor]:
-        state = self.state(args, rest).detach()
-        plain = _plain(state)
+        state = self.state(args, rest)
+        # Reentrant checkpointing runs a block without gradients, on a state that has them.
+        grad = torch.is_grad_enabled() or state.requires_grad
+        plain = _plain(state.detach())
         if plain is None:
             raise TypeError(
                 f"expected states that every rank holds whole, got a DTensor with placements {state.placements}, of "
                 "which each has a part; pass blocks=[...] whose states are replicated, or sharded by sequences"
             )
-        return torch.is_grad_enabled(), plain
+        return grad, plain
 
     def trace(self, args: tuple[Any, ...], rest: Any) -> None:
+        grad, plain = torch.is_grad_enabled(), None
         try:
-            state = _plain(self.state(args, rest).detach())
+            state = self.state(args, rest)
+            grad, plain = grad or state.requires_grad, _plain(state.detach())
         except Exception:
-            state = None
-        if type(state) is not Tensor:  # an operator takes nothing else
-            state = None
-        torch.ops.repflow.tap_state(state, torch.is_grad_enabled(), self.marker, self.order)
+            plain = None
+        if type(plain) is not Tensor:  # an operator takes nothing else
+            plain = None
+        torch.ops.repflow.tap_state(plain, grad, self.marker, self.order)
 
 
 @no_type_check
