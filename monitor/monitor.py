@@ -233,6 +233,10 @@ class Monitor:
         self._drop()
         self._run(self._disarm)
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """A copy of what holds a monitor, such as an EMA of a model that has it as an attribute, has None there."""
+        return type(None), ()
+
     def _choose(self, batch: tuple[int, int], state: Tensor) -> Selection:
         """Which part of a micro-batch to keep, within the budgets of tokens and memory."""
         capacity = self._capture.buffer.capacity(state, len(self.stream) + 1)
