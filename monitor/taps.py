@@ -154,20 +154,14 @@ class _StateTap(_Tap):
     def reading(self, args: tuple[Any, ...], rest: Any) -> tuple[bool, Tensor]:
         state = self.state(args, rest)
         # Reentrant checkpointing runs a block without gradients, on a state that has them.
-        grad = torch.is_grad_enabled() or state.requires_grad
-        plain = _plain(state.detach())
-        if plain is None:
-            raise TypeError(
-                f"expected states that every rank holds whole, got a DTensor with placements {state.placements}, of "
-                "which each has a part; pass blocks=[...] whose states are replicated, or sharded by sequences"
-            )
-        return grad, plain
+        return torch.is_grad_enabled() or state.requires_grad, _plain(state.detach())
 
     def trace(self, args: tuple[Any, ...], rest: Any) -> None:
         grad, plain = torch.is_grad_enabled(), None
         try:
             state = self.state(args, rest)
-            grad, plain = grad or state.requires_grad, _plain(state.detach())
+            if _is_whole(state):
+                grad, plain = grad or state.requires_grad, _plain(state.detach())
         except Exception:
             plain = None
         if type(plain) is not Tensor:  # an operator takes nothing else
@@ -190,11 +184,17 @@ class _ExitTap(_StateTap):
 @no_type_check
 class _MaskTap(_Tap):
     def reading(self, args: tuple[Any, ...], rest: Any) -> tuple[bool, ToldMasks]:
-        return torch.is_grad_enabled(), self.read(args, rest)
+        padding, position_ids, *tells = self.read(args, rest)
+        return torch.is_grad_enabled(), ToldMasks(_plain(padding), _plain(position_ids), *tells)
 
     def trace(self, args: tuple[Any, ...], rest: Any) -> None:
-        grad, told = self.reading(args, rest)
-        torch.ops.repflow.tap_masks(*told, grad, self.marker, self.order)
+        padding, position_ids, *tells = self.read(args, rest)
+        grad = torch.is_grad_enabled()
+        if _is_whole(padding) and _is_whole(position_ids):
+            masks = _plain(padding), _plain(position_ids)
+            torch.ops.repflow.tap_masks(*masks, *tells, grad, self.marker, self.order)
+        else:
+            torch.ops.repflow.tap_state(None, grad, self.marker, self.order)
 
 
 _NUMBERS = itertools.count()
@@ -217,15 +217,28 @@ def _remove(handles: list[RemovableHandle], receivers: dict[int, Callable[..., N
 
 
 @no_type_check  # compilers trace it
-def _plain(state: Tensor) -> Tensor | None:
-    """What this rank has of a DTensor: the whole, or whole sequences. None if it is less; other tensors as they are."""
-    placements = getattr(state, "placements", None)
+def _is_whole(value: Tensor | None) -> bool:
+    """Whether this rank has all of a value, or all of some sequences. Only a DTensor may be less."""
+    placements = getattr(value, "placements", None)
     if placements is None:
-        return state
-    for placement, ranks in zip(placements, state.device_mesh.shape, strict=True):
-        if ranks > 1 and not (placement.is_replicate() or (placement.is_shard(0) and state.ndim == 3)):
-            return None
-    return state.to_local()
+        return True
+    each = zip(placements, value.device_mesh.shape, strict=True)
+    return all(ranks == 1 or placement.is_replicate() or placement.is_shard(0) for placement, ranks in each)
+
+
+@no_type_check
+def _plain(value: Tensor | None) -> Tensor | None:
+    """What this rank has of a DTensor; anything else as it is.
+
+    Raises:
+        TypeError: it has but a part.
+    """
+    if not _is_whole(value):
+        raise TypeError(
+            f"expected states and masks that every rank holds whole, got a DTensor with placements {value.placements}, "
+            "of which each has a part; pass blocks=[...] whose states are replicated, or sharded by sequences"
+        )
+    return value.to_local() if hasattr(value, "placements") else value
 
 
 def _tap_state(state: Tensor | None, grad: bool, marker: Tensor, order: Tensor) -> None:
@@ -238,7 +251,8 @@ def _readable(grad: bool, state: Tensor | None) -> tuple[bool, Tensor]:
     if state is None:
         raise TypeError(
             "expected a block that takes and returns its state as a plain floating tensor, or as a DTensor that every "
-            "rank holds whole, got something else while the model was compiled; pass the blocks that do, blocks=[...]"
+            "rank holds whole, and masks alike, got something else while the model was compiled; pass the blocks that "
+            "do, blocks=[...]"
         )
     return grad, state
 

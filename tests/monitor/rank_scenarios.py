@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Placement, distribute_module, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_module, distribute_tensor
 
 from repflow.monitor import ranks
 from tests.monitor import toy
@@ -29,7 +29,7 @@ from tests.monitor.rank_training import (
     model,
     no_waiting,
     result,
-    states,
+    states_and_mask,
     train,
     watch,
     wrapped,
@@ -206,7 +206,8 @@ class Stream(nn.Module):
         super().__init__()
         self.blocks = model().blocks
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        del attention_mask  # for the monitor
         for block in self.blocks:
             x = block(x)
         return x.full_tensor() if isinstance(x, DTensor) else x
@@ -217,10 +218,12 @@ def distributed_tensors(
 ) -> dict[str, Any]:
     """Two steps whose states are DTensors, without the monitor and with it: their gradients, graphs and breaks."""
     mesh = init_device_mesh(device().type, (2,))
-    x = distribute_tensor(states().to(device()), mesh, [placement])
+    x, mask = (value.to(device()) for value in states_and_mask())
+    of_mask = Replicate() if placement.is_shard(2) else placement
+    inputs = distribute_tensor(x, mesh, [placement]), distribute_tensor(mask, mesh, [of_mask])
 
     def step(run: nn.Module) -> Tensor:
-        run(x).square().mean().backward()
+        run(*inputs).square().mean().backward()
         return next(run.parameters()).grad.full_tensor()  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
 
     def prepared() -> nn.Module:

@@ -79,9 +79,11 @@ def batch(step: int, rank: int, where: torch.device | None = None) -> tuple[Tens
     return ids.to(where), mask.to(where) if where.type == "cpu" else mask.to(where) != 0
 
 
-def states() -> Tensor:
-    """h^(0) for blocks without an embedding: the same on every rank."""
-    return torch.randn(4, 12, 16, generator=torch.Generator().manual_seed(0))
+def states_and_mask() -> tuple[Tensor, Tensor]:
+    """h^(0) for blocks without an embedding, and its padding: the same on every rank."""
+    mask = torch.ones(4, 12, dtype=torch.bool)
+    mask[1, 7:] = False
+    return torch.randn(4, 12, 16, generator=torch.Generator().manual_seed(0)), mask
 
 
 def one_process(

@@ -100,14 +100,14 @@ def test_copies_of_a_monitored_model(compiled: bool, armed: bool, monkeypatch) -
 
 def test_a_model_that_holds_its_monitor() -> None:
     model = build(compiled=False)
-    model.monitor = Monitor(model, EVERY_STEP)
-    with model.monitor.step(0):
+    model.monitor = monitor = Monitor(model, EVERY_STEP)
+    with monitor.step(0):
         for made_copy in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert made_copy.monitor is None
             train(made_copy)
         train(model, rows=3)
-    model.monitor.close()
-    assert model.monitor.latest.tokens == 36
+    monitor.close()
+    assert monitor.latest is not None and monitor.latest.tokens == 36
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -9,7 +9,7 @@ from repflow.monitor import Monitor, MonitorConfig
 from repflow.monitor.snapshot import SumLayout
 from tests.monitor import two_ranks
 from tests.monitor.rank_scenarios import Stream
-from tests.monitor.rank_training import PLACEMENTS, STEPS, WAYS, one_process, states
+from tests.monitor.rank_training import PLACEMENTS, STEPS, WAYS, one_process, states_and_mask
 
 Results = list[dict[str, dict[str, Any]]]
 LAYOUT = SumLayout(5)
@@ -137,7 +137,7 @@ def test_states_that_are_distributed_tensors(ranks: Results, placement: str, com
     net = Stream()
     monitor = Monitor(net, MonitorConfig(every_n_steps=1))
     with monitor.step(0):
-        net(states()).square().mean().backward()
+        net(*states_and_mask()).square().mean().backward()
     monitor.close()
     assert monitor.latest is not None
     for results in (results[f"{placement}, {compiled}"] for results in ranks):
