@@ -227,6 +227,7 @@ def test_a_failure_ends_this_metric_alone(monkeypatch) -> None:
     assert monitor.latest.ssm_memory.isnan().all()
 
 
+@pytest.mark.usefixtures("untyped")
 def test_a_projection_that_cannot_be_read_ends_this_metric_alone() -> None:
     class InATuple(nn.Linear):
         def forward(self, x: Tensor) -> tuple[Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
