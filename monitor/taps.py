@@ -153,14 +153,13 @@ class _StateTap(_Tap):
 
     def reading(self, args: tuple[Any, ...], rest: Any) -> tuple[bool, Tensor]:
         state = self.state(args, rest)
-        # Reentrant checkpointing runs a block without gradients, on a state that has them.
-        return torch.is_grad_enabled() or state.requires_grad, _plain(state.detach())
+        return torch.is_grad_enabled() or _is_checkpointed(state), _plain(state.detach())
 
     def trace(self, args: tuple[Any, ...], rest: Any) -> None:
         grad, plain = torch.is_grad_enabled(), None
         try:
             state = self.state(args, rest)
-            if _is_whole(state):
+            if _is_whole(state):  # and inside of graphs, a state with gradients is the only sign of checkpointing
                 grad, plain = grad or state.requires_grad, _plain(state.detach())
         except Exception:
             plain = None
@@ -216,6 +215,15 @@ def _remove(handles: list[RemovableHandle], receivers: dict[int, Callable[..., N
     handles.clear()
 
 
+def _is_checkpointed(state: Tensor) -> bool:
+    """Whether reentrant checkpointing runs a call: without gradients, on a state that has them.
+
+    It is a function of autograd, and unlike `torch.no_grad` these switch off gradients of both modes.
+    """
+    both_off = not torch.is_grad_enabled() and not torch._C._is_fwd_grad_enabled()
+    return both_off and not torch.is_inference_mode_enabled() and state.requires_grad
+
+
 @no_type_check  # compilers trace it
 def _is_whole(value: Tensor | None) -> bool:
     """Whether this rank has all of a value, or all of some sequences. Only a DTensor may be less."""
@@ -227,7 +235,7 @@ def _is_whole(value: Tensor | None) -> bool:
 
 
 @no_type_check
-def _plain(value: Tensor | None) -> Tensor | None:
+def _plain(value: Any) -> Any:
     """What this rank has of a DTensor; anything else as it is.
 
     Raises:

@@ -154,19 +154,30 @@ def test_blocks_that_a_loop_of_ones_own_checkpoints(compiled: bool, reentrant: b
             block.compile(backend="eager", fullgraph=True)
     monitor = Monitor(model, MonitorConfig(every_n_steps=1))
 
-    def forward() -> Any:
-        x = model.embed(toy.batch())
+    def forward(x: Any) -> Any:
         for block in model.blocks:
             x = checkpoint(block, x, use_reentrant=reentrant)
         return x
 
     with monitor.step(0):
         with torch.no_grad():
-            forward()
-        forward().sum().backward()
+            forward(model.embed(toy.batch()))
+        forward(model.embed(toy.batch())).sum().backward()
     assert monitor._step is not None and monitor._step.ignored == {"forwards without gradients": 1}
     monitor.close()
     assert monitor.latest is not None and monitor.latest.tokens == 48
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_loop_of_ones_own_without_gradients_on_a_state_that_has_them(mode: Any) -> None:
+    model = toy.Toy()
+    monitor = Monitor(model, MonitorConfig(every_n_steps=1))
+    with monitor.step(0):
+        x: Any = model.embed(toy.batch())
+        with mode():
+            for block in model.blocks:
+                x = block(x)
+    assert monitor._step is not None and monitor._step.ignored == {"forwards without gradients": 1}
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
