@@ -16,6 +16,7 @@ from repflow.monitor.masks import CallMasks, ToldMasks, token_groups
 from repflow.monitor.residual_stream import Block, ResidualStream
 from repflow.monitor.sampling import Selection
 from repflow.monitor.taps import Read, Taps, outside_graphs
+from repflow.monitor.weakly import weakly
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,8 +90,8 @@ class Capture:
     """Calls every hook, its first argument, with the others: must let no exception out."""
     resident: bool = False
     """The taps stay on the model until `remove`, for it is compiled; otherwise they are there between the two."""
-    inner: Sequence[tuple[Module, Callable[[Recording, Tensor], None]]] = ()
-    """Modules inside of blocks, and what to call with the recorded forward and what the module returned."""
+    inner: Sequence[tuple[Module, Callable[[Recording, Callable[[], Tensor]], None]]] = ()
+    """Modules inside of blocks, and what to call with the recorded forward and how to read what the module returned."""
     ignored: Counter[str] = field(default_factory=Counter)
     broken: str | None = None
     """How the chain of blocks broke since `arm`: those forwards were left out."""
@@ -160,7 +161,7 @@ class Capture:
         return not self.resident and not self._chain.verified
 
     def _call(self, call: Callable[..., None], *args: Any) -> Callable[..., None]:
-        return functools.partial(self.run, call, *args)
+        return functools.partial(self.run, weakly(call), *args)
 
     def _enter(self, depth: int, module: Module, read: Read[ToldMasks]) -> None:
         """A module that contains the blocks is called: remember the mode and the masks."""
@@ -215,9 +216,9 @@ class Capture:
             selection = forward.selection(forward.view.device)
             self.on_forward(CapturedForward(forward.view, forward.mask, selection, forward.shape[:2]))
 
-    def _look_inside(self, use: Callable[[Recording, Tensor], None], read: Read[Tensor]) -> None:
+    def _look_inside(self, use: Callable[[Recording, Callable[[], Tensor]], None], read: Read[Tensor]) -> None:
         if self._forward is not None and not _in_backward():
-            use(self._forward, read()[1])
+            use(self._forward, lambda: read()[1])
 
     def _follow(self, module: Module, read: Read[Tensor]) -> None:
         """A block but the first is called: it must take what the one before it returned."""

@@ -1,5 +1,6 @@
 """From the device to the host without waiting: results leave when a step ends and are picked up on a later one."""
 
+import operator
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -48,6 +49,19 @@ class MeasuredStep:
     silent_ranks: tuple[int, ...] = ()
     """Ranks that measured nothing of it."""
 
+    def log(self, name: str, value: object) -> None:
+        """Keep a scalar of the training loop; several values of a name are averaged. Tensors are not waited for.
+
+        Raises:
+            TypeError: neither a number nor a tensor of one.
+        """
+        if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+            value = value.detach().clone()  # the loop may go on to change it
+        elif not isinstance(value, int | float):
+            got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise TypeError(f"left out {name!r}: expected a number or a tensor of one, got {got}")
+        self.scalars.setdefault(name, []).append(value)
+
     def wait_for_events(self) -> None:
         """Make the current stream wait for the monitor's work: the step may have run on another one."""
         for _, end in self.events:
@@ -85,6 +99,22 @@ class MeasuredStep:
             scalars=scalars,
             silent_ranks=self.silent_ranks,
         )
+
+
+def step_number(step: object) -> int:
+    """The number of a step, from anything that is an integer.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is negative.
+    """
+    try:
+        number = operator.index(step)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        raise TypeError(f"`Monitor.step`: expected the number of the optimizer step, got {step!r}") from None
+    if number < 0:
+        raise ValueError(f"`Monitor.step`: expected the number of the optimizer step, 0 or more, got {number}")
+    return number
 
 
 class Delivery:

@@ -1,10 +1,9 @@
 """`Monitor`: joins stream, capture, statistics and sinks, and keeps their troubles away from the training run."""
 
 import functools
-import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -15,26 +14,18 @@ from repflow.monitor.accumulator import Accumulator
 from repflow.monitor.buffer import CaptureBuffer
 from repflow.monitor.capture import Capture, CapturedForward
 from repflow.monitor.config import Metric, MonitorConfig
-from repflow.monitor.delivery import Delivery, MeasuredStep
-from repflow.monitor.notices import (
-    ALONE,
-    different_steps,
-    documents_left_out,
-    misread_mask,
-    recorded_nothing,
-    short_sequences,
-    silent_ranks,
-    unread_decays,
-)
-from repflow.monitor.ranks import MAX_SCALARS, CollectiveError, Part, Ranks, find_ranks
+from repflow.monitor.delivery import MeasuredStep, step_number
+from repflow.monitor.publication import Publication
+from repflow.monitor.ranks import is_first_rank
 from repflow.monitor.residual_stream import ResidualStream, find_residual_stream
 from repflow.monitor.run_info import describe_run
 from repflow.monitor.sampling import Schedule, Selection, select
 from repflow.monitor.sinks import AbstractSink, FanOutSink
 from repflow.monitor.snapshot import RunInfo, Snapshot
 from repflow.monitor.ssm import DecayTaps
-from repflow.monitor.taps import is_compiled
-from repflow.monitor.warning import warn
+from repflow.monitor.taps import is_compiled, outside_modes
+from repflow.monitor.warning import WarnOnce
+from repflow.monitor.weakly import weakly
 
 
 class Monitor:
@@ -63,7 +54,8 @@ class Monitor:
     Where each rank holds a slice of every sequence (context or sequence parallelism), a slice counts as a sequence:
     what is a sum over tokens (norms, `adjacent`, V_loc, V_glob, `tokens`) is exact, but `inter_token` is the mean
     similarity within slices, CKA takes HSIC within slices, and `sequences`, positions and `skip_first_tokens` are those
-    of slices.
+    of slices. States may be DTensors that are replicated or sharded by sequences; of others each rank has but a part,
+    and nothing is measured.
 
     Args:
         model: what is trained; it may be wrapped.
@@ -72,7 +64,8 @@ class Monitor:
         blocks: see `find_residual_stream`.
         stream: see `find_residual_stream`.
         name: of the run; the model's class and the time if None.
-        process_group: the ranks that share a batch; the default group if None.
+        process_group: the ranks that share a batch; the default group if None. Of ranks that see the same tokens, as
+            under tensor parallelism, each would count them: pass the data-parallel group then, or `reduce=False`.
 
     Raises:
         ValueError: no residual stream was found, or `states="hf"` for a model without a final norm.
@@ -98,45 +91,43 @@ class Monitor:
                 "transformers returns too of a model without it"
             )
         self.run: RunInfo = describe_run(model, self.stream, self.config, name)
-        self.latest: Snapshot | None = None
-        """The last snapshot that arrived."""
         self._schedule = Schedule(self.config.every_n_steps)
         self._metrics: tuple[Metric, ...] = self.config.metrics
-        self._sink = FanOutSink(sinks if _is_first_rank() else ())
-        self._started = False
-        self._enabled = True
-        self._warned: set[str] = set()
+        self._sink = FanOutSink(sinks if is_first_rank() else ())
+        self._warn = WarnOnce()
         self._step: MeasuredStep | None = None
         self._is_open = False
-        self._delivery = Delivery()
-        self._layout = self.run.layout
-        self._group = process_group
-        self._ranks: Ranks | None = None  # from the first sampled step on
-        self._joined = not self.config.reduce
         self._cut_off = False  # by an exception: whether the other ranks go on is unknown
-        self._packed: bool | None = None  # whether integer masks tell documents apart; None: not known yet
-        self._late_ms = 0.0  # spent between sampled steps: counted with the next one
+        resident = is_compiled(model) if self.config.compiled == "auto" else self.config.compiled
+        self._publication = Publication(
+            self.run, self.stream, self.config, self._sink, process_group, resident, self._warn, weakly(self._stop)
+        )
         self._decays = DecayTaps(
             self.stream,
             skip_first=self.config.skip_first_tokens,
-            failed=functools.partial(self._drop_metric, "ssm"),
-            timed=lambda device: self._current().timed(device),
+            failed=functools.partial(weakly(self._drop_metric), "ssm"),
+            timed=weakly(self._timed),
         )
         self._capture = Capture(
             stream=self.stream,
             final_norm=self.config.states == "hf",
             buffer=CaptureBuffer(self.config.max_memory_mib),
-            choose=self._choose,
-            on_forward=self._add,
-            run=self._run,
-            resident=is_compiled(model) if self.config.compiled == "auto" else self.config.compiled,
+            choose=weakly(self._choose),
+            on_forward=weakly(self._add),
+            run=weakly(self._run),
+            resident=resident,
             inner=self._decays.hooks() if "ssm" in self._metrics else (),
         )
 
     @property
     def enabled(self) -> bool:
         """False after a failure that ended monitoring on this rank, and after `close`."""
-        return self._enabled
+        return not self._publication.stopped
+
+    @property
+    def latest(self) -> Snapshot | None:
+        """The last snapshot that arrived."""
+        return self._publication.latest
 
     @contextmanager
     def step(self, step: int, *, mask: Tensor | None = None) -> Iterator[None]:
@@ -154,7 +145,7 @@ class Monitor:
             TypeError: a step that is not an integer.
             ValueError: a negative step.
         """
-        step = _step_number(step)
+        step = step_number(step)
         if self._is_open:
             if self._step is not None and self._step.number != step:
                 self._warn(f"left out step {step}, which began inside of step {self._step.number}", key="nested")
@@ -163,9 +154,9 @@ class Monitor:
         self._cut_off = False
         if self._step is not None and self._step.number != step:
             self.publish()
-        if self._delivery:
+        if self._publication.in_flight:
             self._run(self._collect)
-        if not (self._schedule(step) and (self._enabled or self._ranks)):
+        if not (self._schedule(step) and (self.enabled or self._publication.meets_others)):
             yield
             return
         self._step = self._step or MeasuredStep(step)
@@ -193,13 +184,10 @@ class Monitor:
         if self._step is None:
             return
         for name, value in scalars.items():
-            if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
-                value = value.detach().clone()  # the loop may go on to change it
-            elif not isinstance(value, int | float):
-                got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-                self._warn(f"left out {name!r}: expected a number or a tensor of one, got {got}", key=f"log {name}")
-                continue
-            self._step.scalars.setdefault(name, []).append(value)
+            try:
+                self._step.log(name, value)
+            except TypeError as error:
+                self._warn(str(error), key=f"log {name}")
 
     def publish(self) -> None:
         """End the current step: its results leave the device, and what has arrived goes to the sinks.
@@ -227,16 +215,16 @@ class Monitor:
 
         After an exception in a step, only what has arrived from the other ranks is delivered: they may be gone.
         """
-        if self._cut_off and self._ranks is not None:
+        if self._cut_off and self._publication.meets_others:
             self._step = None
             self._run(self._collect)
-            self._delivery.clear()
+            self._publication.forget()
         self.flush()
-        self._ranks = None
+        self._publication.leave()
         self._run(self._capture.disarm)
         self._run(self._capture.remove)
         self._capture.buffer.release()
-        self._enabled = False
+        self._publication.stopped = True
         self._run(self._sink.close)
 
     def discard(self) -> None:
@@ -244,6 +232,10 @@ class Monitor:
         self._is_open = False
         self._drop()
         self._run(self._disarm)
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """A copy of what holds a monitor, such as an EMA of a model that has it as an attribute, has None there."""
+        return type(None), ()
 
     def _choose(self, batch: tuple[int, int], state: Tensor) -> Selection:
         """Which part of a micro-batch to keep, within the budgets of tokens and memory."""
@@ -267,8 +259,9 @@ class Monitor:
         """Accumulate one micro-batch."""
         step, device = self._current(), forward.states.device
         if step.sums is None:
-            packed = self._packed is not False
-            step.sums = Accumulator(self.config, self._layout, step.number, device, self._drop_metric, packed)
+            failed = weakly(self._drop_metric)
+            packed = self._publication.packed is not False
+            step.sums = Accumulator(self.config, self.run.layout, step.number, device, failed, packed)
         with step.timed(device):
             step.sums.add(forward, self._metrics)
             if (decays := self._decays.take(forward)) is not None:
@@ -279,12 +272,12 @@ class Monitor:
             raise RuntimeError("a hook ran outside of a monitored step")
         return self._step
 
+    def _timed(self, device: torch.device) -> AbstractContextManager[None]:
+        return self._current().timed(device)
+
     def _arm(self, mask: Tensor | None) -> None:
-        if not self._joined:
-            self._joined = True
-            key = f"{self._layout.size} sums every {self.config.every_n_steps} steps"
-            self._ranks = find_ranks(self._layout, self._group, self.stream.blocks[0].module, key)
-        if self._enabled:
+        self._publication.join()
+        if self.enabled:
             self._capture.arm(mask)
 
     def _disarm(self) -> None:
@@ -301,94 +294,26 @@ class Monitor:
     def _drop(self) -> None:
         """Forget what the current step has recorded. The other ranks, if any, are still met when it is published."""
         self._cut_off = True
-        self._step = MeasuredStep(self._step.number) if self._step is not None and self._ranks is not None else None
+        if self._step is not None:
+            self._step = MeasuredStep(self._step.number) if self._publication.meets_others else None
 
     def _send(self) -> None:
         """End the step: its results leave the device."""
         if self._is_open:
             return
         step, self._step = self._step, None
-        if step is None:
-            return
-        if self._ranks is not None and not self._ranks.agreed():
-            self._ranks = None
-            self._warn(ALONE)
-        if self._ranks is not None:
-            self._reduce(step, self._ranks)
-        elif self._enabled and step.sums is not None:
-            self._delivery.send(step)
-        elif self._enabled:
-            self._recorded_nothing(step)
-
-    def _recorded_nothing(self, step: MeasuredStep) -> None:
-        first = self.stream.blocks[0].name
-        self._warn(recorded_nothing(step, first, self._capture.resident), key="recorded nothing")
-
-    def _reduce(self, step: MeasuredStep, ranks: Ranks) -> None:
-        """Start adding up the sums of a step over ranks. Comes to that whatever else fails: the others wait for it."""
-        for name in list(step.scalars)[MAX_SCALARS:]:
-            del step.scalars[name]
-            self._warn(
-                f"left out {name!r}: expected at most {MAX_SCALARS} scalars to average over ranks", key="scalars"
-            )
-        part = Part.STOPPED if not self._enabled else Part.MEASURED if step.sums is not None else Part.NOTHING
-        try:
-            wire = ranks.pack(step, part)
-        except Exception as error:
-            self._stop(error)
-            step = MeasuredStep(step.number)
-            wire = ranks.pack(step, Part.STOPPED)
-        step.reduced = True
-        self._delivery.expect(step, *ranks.reduce(wire))
-
-    def _merge(self, step: MeasuredStep, wire: Tensor) -> Tensor | None:
-        """The sums and scalars of all ranks; None, and that is said, where they are no snapshot."""
-        assert self._ranks is not None
-        merged = self._ranks.merge(wire, list(step.scalars))
-        step.silent_ranks = merged.silent
-        if not merged.same_step:
-            self._warn(different_steps(step.number, merged.steps), key="different steps")
-            return None
-        if len(merged.silent) == len(merged.parts):
-            if self._enabled:
-                self._recorded_nothing(step)
-            return None
-        if merged.silent and self._ranks.rank == 0:
-            self._warn(silent_ranks(step.number, merged.parts), key=f"silent {merged.silent}")
-        return merged.values
+        if step is not None:
+            self._publication.send(step)
 
     def _collect(self, *, wait: bool = False) -> None:
-        """Turn what has arrived into snapshots, in order, and hand them to the sinks."""
-        for step, values in self._delivery.receive(wait=wait):
-            if step.reduced and (values := self._merge(step, values)) is None:
-                continue
-            sums = self._layout.views(values[: self._layout.size])
-            if misread := misread_mask(step.number, sums):
-                self._packed = True
-                self._warn(misread, key="misread mask")
-                continue
-            if sums["documents_beyond"] > 0:
-                self._packed = True
-            elif self._packed is None and step.sums is not None and step.sums.counted_documents:
-                self._packed = False  # from now on integer masks are read as padding, which costs less
-            self.latest = step.snapshot(values, self._layout, self.stream.name, self._late_ms)
-            self._late_ms = 0.0
-            if left_out := documents_left_out(self.latest, sums, self.config.max_documents):
-                self._warn(left_out, key="documents")
-            if short := short_sequences(self.latest, sums, self.config.cka_estimator):
-                self._warn(short, key="short sequences")
-            if "ssm" in self._metrics and (unread := unread_decays(self.latest, sums, self.run)):
-                self._warn(unread, key="unread decays")
-            if not self._started:
-                self._started = True
-                self._sink.start(self.run)
-            self._sink.write(self.latest)
+        self._publication.collect(self._metrics, wait=wait)
 
     def _run(self, call: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        """`call`, timed, and with every exception turned into a warning and the end of monitoring."""
+        """`call`, timed, unseen, and with every exception turned into a warning and the end of monitoring."""
         began = time.perf_counter()
         try:
-            call(*args, **kwargs)
+            with outside_modes():
+                call(*args, **kwargs)
         except Exception as error:
             self._stop(error)
         finally:
@@ -396,17 +321,14 @@ class Monitor:
             if self._step is not None:
                 self._step.host_ms += elapsed_ms
             else:
-                self._late_ms += elapsed_ms
+                self._publication.late_ms += elapsed_ms
 
     def _stop(self, error: Exception) -> None:
         """End monitoring after a failure, and free what it holds."""
         number = f" at step {self._step.number}" if self._step is not None else ""
-        self._enabled = False
-        if isinstance(error, CollectiveError):
-            self._ranks = None
-        if self._ranks is None:
+        self._publication.stop(error)
+        if not self._publication.meets_others:
             self._step = None
-            self._delivery.clear()
         elif self._step is not None:
             self._step = MeasuredStep(self._step.number, scalars=self._step.scalars)
         self._capture.disarm()
@@ -419,28 +341,3 @@ class Monitor:
         """Go on without a metric that failed."""
         self._metrics = tuple(other for other in self._metrics if other != metric)
         self._warn(f"stopped measuring {metric!r}: {type(error).__name__}: {error}. The other metrics go on")
-
-    def _warn(self, message: str, key: str | None = None) -> None:
-        """Warn once per `key`."""
-        if (key or message) not in self._warned:
-            self._warned.add(key or message)
-            warn(message)
-
-
-def _step_number(step: object) -> int:
-    """The number of a step, from anything that is an integer."""
-    try:
-        number = operator.index(step)  # pyright: ignore[reportArgumentType]
-    except TypeError:
-        raise TypeError(f"`Monitor.step`: expected the number of the optimizer step, got {step!r}") from None
-    if number < 0:
-        raise ValueError(f"`Monitor.step`: expected the number of the optimizer step, 0 or more, got {number}")
-    return number
-
-
-def _is_first_rank() -> bool:
-    return (
-        not torch.distributed.is_available()
-        or not torch.distributed.is_initialized()
-        or torch.distributed.get_rank() == 0
-    )

@@ -179,6 +179,11 @@ def find_ranks(layout: SumLayout, group: "dist.ProcessGroup | None", block: Modu
     return Ranks(layout, group, device, key)
 
 
+def is_first_rank() -> bool:
+    """Whether this process is rank 0, or the only one."""
+    return not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
+
+
 class _WorkDone:
     """The end of a collective on the host, with the methods of a `torch.cuda.Event`."""
 

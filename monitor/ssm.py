@@ -161,8 +161,8 @@ class DecayTaps:
         self._skip_first, self._failed, self._timed = skip_first, failed, timed
         self._counts: DecayCounts | None = None
 
-    def hooks(self) -> list[tuple[Module, Callable[[Recording, Tensor], None]]]:
-        """The modules to hook, and what to call with the forward under way and the module's output."""
+    def hooks(self) -> list[tuple[Module, Callable[[Recording, Callable[[], Tensor]], None]]]:
+        """The modules to hook, and what to call with the forward under way and how to read the module's output."""
         owners: dict[Module, dict[int, SsmMixer]] = {}  # by block: a mixer may be shared
         for mixer in self._mixers:
             owners.setdefault(mixer.reader.source(mixer.module), {})[mixer.block] = mixer
@@ -174,11 +174,12 @@ class DecayTaps:
         return counts if counts is not None and counts.forward.view is forward.states else None
 
     @torch.no_grad()
-    def _read(self, mixers: dict[int, SsmMixer], forward: Recording, output: Tensor) -> None:
+    def _read(self, mixers: dict[int, SsmMixer], forward: Recording, read: Callable[[], Tensor]) -> None:
         mixer = mixers.get(forward.filled - 1)
         if mixer is None or not self._mixers:
             return
         try:
+            output = read()
             with self._timed(output.device):
                 if self._counts is None or self._counts.forward is not forward:
                     self._counts = DecayCounts.of(forward, len(self._rows), self._skip_first)

@@ -12,18 +12,20 @@ import itertools
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, cast, no_type_check
 
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 from repflow.monitor.masks import CallMasks, MaskReader, ToldMasks
 
 _T = TypeVar("_T")
 Read = Callable[[], tuple[bool, _T]]
-"""Gives whether gradients were enabled in a call, and what the tap reads of it."""
+"""Gives whether a call trains, by its grad mode and its state, and what the tap reads of it."""
 
 
 def is_compiled(model: Module) -> bool:
@@ -52,6 +54,15 @@ def outside_graphs(run: Callable[..., None], *, resident: bool) -> Callable[...,
     return cast(Callable[..., None], torch.compiler.disable(run))
 
 
+def outside_modes() -> AbstractContextManager[object]:
+    """Hide what runs inside from modes that see every operation.
+
+    Selective checkpointing keeps what some operations return, in order, and hands it out when it runs the block again:
+    it would take the monitor's results for the model's. A counter of FLOPs would count the monitor's.
+    """
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
+
+
 class Taps:
     """The hooks of one reader of a model.
 
@@ -65,7 +76,7 @@ class Taps:
         self._receivers: dict[int, Callable[..., None]] = {}
         self._handles: list[RemovableHandle] = []
         # Whoever drops a monitor without closing it, as a notebook cell run again does, leaves no hooks behind.
-        weakref.finalize(self, _remove, self._handles)
+        weakref.finalize(self, _remove, self._handles, self._receivers)
 
     def on_masks(self, module: Module, receive: Callable[[Read[ToldMasks]], None]) -> None:
         """Call `receive` with the masks that each call of `module` gets."""
@@ -85,13 +96,11 @@ class Taps:
 
     def disarm(self) -> None:
         """From now on nothing is called."""
-        for number in self._receivers:
-            _ARMED.pop(number, None)
+        _disarm(self._receivers)
 
     def remove(self) -> None:
         """Take the hooks off the model. A graph that has them is compiled again when it is next called."""
-        self.disarm()
-        _remove(self._handles)
+        _remove(self._handles, self._receivers)
 
     def _add(
         self, register: Callable[..., RemovableHandle], kind: type["_Tap"], read: Any, receive: Any, **options: Any
@@ -109,7 +118,7 @@ class _Tap:
     block to block.
     """
 
-    def __init__(self, number: int = -1, read: Any = None, order: Tensor | None = None) -> None:
+    def __init__(self, number: int, read: Any, order: Tensor | None) -> None:
         self.number, self.read, self.order = number, read, order
         # The number as a tensor: blocks that share one graph differ in what they feed it.
         self.marker = None if order is None else torch.tensor([number], device="cpu")
@@ -129,41 +138,62 @@ class _Tap:
 
     def trace(self, args: tuple[Any, ...], rest: Any) -> None:
         """Leave the operator in the graph. Whatever goes wrong shows when it runs, not here."""
+        raise NotImplementedError
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """A copy takes any arguments and does nothing. Every Python has it: models load where repflow is not there."""
+        return getattr, (nullcontext(), "__exit__")
+
+
+@no_type_check
+class _StateTap(_Tap):
+    def state(self, args: tuple[Any, ...], rest: Any) -> Tensor:
+        """What the tap is there to read."""
+        raise NotImplementedError
+
+    def reading(self, args: tuple[Any, ...], rest: Any) -> tuple[bool, Tensor]:
+        state = self.state(args, rest)
+        return torch.is_grad_enabled() or _is_checkpointed(state), _plain(state.detach())
+
+    def trace(self, args: tuple[Any, ...], rest: Any) -> None:
+        grad, plain = torch.is_grad_enabled(), None
         try:
-            grad, state = self.reading(args, rest)
+            state = self.state(args, rest)
+            if _is_whole(state):  # and inside of graphs, a state with gradients is the only sign of checkpointing
+                grad, plain = grad or state.requires_grad, _plain(state.detach())
         except Exception:
-            grad, state = False, None
-        if type(state) is not Tensor:  # an operator does not take DTensor and its like
-            state = None
-        torch.ops.repflow.tap_state(state, grad, self.marker, self.order)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Tap":
-        return type(self)()
-
-    def __reduce__(self) -> tuple[type["_Tap"], tuple[()]]:
-        return type(self), ()
+            plain = None
+        if type(plain) is not Tensor:  # an operator takes nothing else
+            plain = None
+        torch.ops.repflow.tap_state(plain, grad, self.marker, self.order)
 
 
 @no_type_check
-class _EntryTap(_Tap):
-    def reading(self, args: tuple[Any, ...], rest: Any) -> tuple[bool, Tensor]:
-        return torch.is_grad_enabled(), self.read(args, rest).detach()
+class _EntryTap(_StateTap):
+    def state(self, args: tuple[Any, ...], rest: Any) -> Tensor:
+        return self.read(args, rest)
 
 
 @no_type_check
-class _ExitTap(_Tap):
-    def reading(self, args: tuple[Any, ...], rest: Any) -> tuple[bool, Tensor]:
-        return torch.is_grad_enabled(), self.read(rest).detach()
+class _ExitTap(_StateTap):
+    def state(self, args: tuple[Any, ...], rest: Any) -> Tensor:
+        return self.read(rest)
 
 
 @no_type_check
 class _MaskTap(_Tap):
     def reading(self, args: tuple[Any, ...], rest: Any) -> tuple[bool, ToldMasks]:
-        return torch.is_grad_enabled(), self.read(args, rest)
+        masks, tells = self.read(args, rest)
+        return torch.is_grad_enabled(), ToldMasks(CallMasks(*(_plain(mask) for mask in masks)), tells)
 
     def trace(self, args: tuple[Any, ...], rest: Any) -> None:
-        grad, told = self.reading(args, rest)
-        torch.ops.repflow.tap_masks(list(told.masks), list(told.tells), grad, self.marker, self.order)
+        masks, tells = self.read(args, rest)
+        grad = torch.is_grad_enabled()
+        if all(_is_whole(mask) for mask in masks):
+            plain = [_plain(mask) for mask in masks]
+            torch.ops.repflow.tap_masks(plain, list(tells), grad, self.marker, self.order)
+        else:
+            torch.ops.repflow.tap_state(None, grad, self.marker, self.order)
 
 
 _NUMBERS = itertools.count()
@@ -176,10 +206,50 @@ def _is_exporting() -> bool:
     return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
-def _remove(handles: list[RemovableHandle]) -> None:
+def _disarm(receivers: dict[int, Callable[..., None]]) -> None:
+    for number in receivers:
+        _ARMED.pop(number, None)
+
+
+def _remove(handles: list[RemovableHandle], receivers: dict[int, Callable[..., None]]) -> None:
+    _disarm(receivers)
     for handle in handles:
         handle.remove()
     handles.clear()
+
+
+def _is_checkpointed(state: Tensor) -> bool:
+    """Whether reentrant checkpointing runs a call: without gradients, on a state that has them.
+
+    It is a function of autograd, and unlike `torch.no_grad` these switch off gradients of both modes.
+    """
+    both_off = not torch.is_grad_enabled() and not torch._C._is_fwd_grad_enabled()
+    return both_off and not torch.is_inference_mode_enabled() and state.requires_grad
+
+
+@no_type_check  # compilers trace it
+def _is_whole(value: Tensor | None) -> bool:
+    """Whether this rank has all of a value, or all of some sequences. Only a DTensor may be less."""
+    placements = getattr(value, "placements", None)
+    if placements is None:
+        return True
+    each = zip(placements, value.device_mesh.shape, strict=True)
+    return all(ranks == 1 or placement.is_replicate() or placement.is_shard(0) for placement, ranks in each)
+
+
+@no_type_check
+def _plain(value: Any) -> Any:
+    """What this rank has of a DTensor; anything else as it is.
+
+    Raises:
+        TypeError: it has but a part.
+    """
+    if not _is_whole(value):
+        raise TypeError(
+            f"expected states and masks that every rank holds whole, got a DTensor with placements {value.placements}, "
+            "of which each has a part; pass blocks=[...] whose states are replicated, or sharded by sequences"
+        )
+    return value.to_local() if hasattr(value, "placements") else value
 
 
 def _tap_state(state: Tensor | None, grad: bool, marker: Tensor, order: Tensor) -> None:
@@ -191,8 +261,9 @@ def _tap_state(state: Tensor | None, grad: bool, marker: Tensor, order: Tensor) 
 def _readable(grad: bool, state: Tensor | None) -> tuple[bool, Tensor]:
     if state is None:
         raise TypeError(
-            "expected a block that takes and returns its state as a plain floating tensor, got something else while "
-            "the model was compiled; pass the blocks that do, blocks=[...]"
+            "expected a block that takes and returns its state as a plain floating tensor, or as a DTensor that every "
+            "rank holds whole, and masks alike, got something else while the model was compiled; pass the blocks that "
+            "do, blocks=[...]"
         )
     return grad, state
 

@@ -14,3 +14,16 @@ def warn(message: str, stacklevel: int = 2) -> None:
         warnings.warn(f"repflow: {message}", RepflowWarning, stacklevel=stacklevel + 1)
     except RepflowWarning as warning:
         print(f"{type(warning).__name__}: {warning}", file=sys.stderr)
+
+
+class WarnOnce:
+    """Warns once about each thing."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def __call__(self, message: str, key: str | None = None) -> None:
+        """Warn, unless that was done under this `key`: the message itself if None."""
+        if (key or message) not in self._said:
+            self._said.add(key or message)
+            warn(message)

@@ -17,7 +17,7 @@ FILES = sorted(
 # A unit is a module or folder of the monitor. It may import the units of its own tier and of those above it here.
 TIERS = (
     {
-        *("config", "functional", "residual_stream", "sampling", "snapshot", "warning"),
+        *("config", "functional", "residual_stream", "sampling", "snapshot", "warning", "weakly"),
         *("parts", "readers", "wrappers"),  # what residual_stream knows of architectures
     },
     {
@@ -25,6 +25,7 @@ TIERS = (
         *("notices", "positions", "ranks", "run_info", "signatures", "ssm", "taps"),
     },
     {"sinks"},
+    {"publication"},
     {"monitor"},
     {"demo", "inspection", "offline", "report", "theory"},
     {"cli"},

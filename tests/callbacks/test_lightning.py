@@ -339,9 +339,12 @@ def test_fast_dev_run_leaves_no_file(tmp_path, monkeypatch) -> None:
 
 TWO_RANKS = """
 import sys, torch
+from contextlib import nullcontext
 from pathlib import Path
-from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.fsdp import fully_shard
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer
 from repflow.callbacks import RepresentationMonitor
 from repflow.monitor.sinks import RunFileSink
 from tests.callbacks.test_lightning import Model, fit
@@ -353,27 +356,40 @@ class Plateau(Model):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "repflow/v_loc"}}
 
     def configure_model(self):
-        if self.device_mesh is not None:
+        if strategy == "fsdp1":
+            self.model.config.use_cache = False
+            policy = ModuleWrapPolicy({GPTNeoXLayer})
+            self.model = FullyShardedDataParallel(self.model, auto_wrap_policy=policy, device_id=torch.device("cpu"))
+        elif strategy == "fsdp2":
             for module in (*self.model.gpt_neox.layers, self.model):
                 fully_shard(module, mesh=self.device_mesh["data_parallel"])
 
+class OnTheHost(FSDPStrategy):
+    "Lightning refuses FSDPStrategy itself without a GPU; PyTorch does not, where a model is wrapped by hand."
+
 path, strategy = Path(sys.argv[1]), sys.argv[2]
-if strategy == "fsdp2":
-    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+strategies = {
+    "ddp": lambda: "ddp",
+    "fsdp1": lambda: OnTheHost(process_group_backend="gloo", activation_checkpointing_policy={GPTNeoXLayer}),
+    "fsdp2": lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+}
 callback = RepresentationMonitor(every_n_steps=1, sinks=[RunFileSink(path / "run.db")])
-options = dict(max_epochs=3, strategy=strategy, devices=2, num_sanity_val_steps=0)
+options = dict(max_epochs=3, strategy=strategies[strategy](), devices=2, num_sanity_val_steps=0)
 model, trainer = fit(path, callback, model=Plateau(), **options)
+checkpointed = [name for name, _ in model.named_modules() if name.endswith("_checkpoint_wrapped_module")]
+assert len(checkpointed) == (3 if strategy == "fsdp1" else 0)
 values = [float(trainer.callback_metrics["repflow/v_loc"]), trainer.optimizers[0].param_groups[0]["lr"]]
-whole = (getattr(p, "full_tensor", lambda p=p: p)() for p in model.parameters())
-values.append(sum(p.double().sum().item() for p in whole))
+with FullyShardedDataParallel.summon_full_params(model.model) if strategy == "fsdp1" else nullcontext():
+    whole = (getattr(p, "full_tensor", lambda p=p: p)() for p in model.parameters())
+    values.append(sum(p.double().sum().item() for p in whole))
 values.append(callback.monitor.latest.sums.tolist())
 (path / f"rank{trainer.global_rank}.txt").write_text(repr(values))
 """
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2"])
 def test_two_ranks_decide_alike(tmp_path, strategy) -> None:
-    """Schedules that follow our scalars must not let the replicas drift apart."""
+    """Schedules that follow our scalars must not let the replicas drift apart. FSDP1 checkpoints its blocks, too."""
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)
     root = Path(__file__).parents[2]

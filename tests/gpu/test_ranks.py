@@ -4,24 +4,25 @@ import pytest
 import torch
 
 from tests.monitor import two_ranks
-from tests.monitor.test_ranks import WAYS, Results, steps_of
+from tests.monitor.rank_training import STEPS, WAYS, one_process
+from tests.monitor.test_ranks import Results, steps_of
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What the scenarios of `two_ranks` gave on each rank."""
+    """What the scenarios of `rank_scenarios` gave on each rank."""
     return two_ranks.run_both(tmp_path_factory.mktemp("ranks"), "nccl")
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_two_ranks_equal_one_process(ranks: Results, way: str) -> None:
     first, second = (results[way] for results in ranks)
-    (expected,) = two_ranks.one_process(steps=1, where=torch.device("cuda", 0))
+    (expected,) = one_process(steps=1, where=torch.device("cuda", 0))
     torch.testing.assert_close(first["snapshots"][0][1], expected.sums, rtol=1e-6, atol=1e-6)
     assert steps_of(first) == [(0, ()), (1, ()), (2, ())] and second["snapshots"] == []
     assert torch.equal(first["latest"][1], second["latest"][1]) and first["latest"][2:] == second["latest"][2:]
     for results in (first, second):
-        assert len(results["sizes"]) == two_ranks.STEPS and len(set(results["sizes"])) == 1
+        assert len(results["sizes"]) == STEPS and len(set(results["sizes"])) == 1
         assert results["losses"] == results["bare"] and results["said"] == []
 
 

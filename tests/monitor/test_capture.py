@@ -1,8 +1,5 @@
 """What is captured is what ran, and only what trained."""
 
-import copy
-import io
-import pickle
 from typing import Any
 
 import pytest
@@ -117,21 +114,6 @@ def test_hooks_are_gone_after_an_exception_and_nothing_is_published() -> None:
         toy.loss_of(model, toy.batch()).backward()
     monitor.flush()
     assert monitor.latest is not None and monitor.latest.tokens == 48
-
-
-def test_copies_of_a_hooked_model_leave_the_monitor_behind() -> None:
-    """An EMA copy or a checkpoint made inside a step neither records nor holds the monitor."""
-    model = toy.Toy()
-    monitor = Monitor(model, MonitorConfig(every_n_steps=1))
-    with monitor.step(0):
-        clone = copy.deepcopy(model)
-        toy.loss_of(clone, toy.batch(rows=9)).backward()
-        loaded = pickle.loads(pickle.dumps(next(iter(model._forward_pre_hooks.values()))))
-        torch.save(model.state_dict(), io.BytesIO())
-        toy.loss_of(model, toy.batch()).backward()
-    monitor.flush()
-    assert monitor.latest is not None and monitor.latest.tokens == 48
-    assert loaded.read is None
 
 
 def test_mask_of_the_model() -> None:

@@ -329,7 +329,7 @@ def test_training_is_bit_identical_under_the_monitor() -> None:
         "_capture.on_forward",
         "_capture._start",
         "_send",
-        "_delivery.receive",
+        "_publication._delivery.receive",
         "_sink.write",
         "_capture.arm",
     ],

@@ -5,18 +5,19 @@ from typing import Any
 import pytest
 import torch
 
+from repflow.monitor import Monitor, MonitorConfig
 from repflow.monitor.snapshot import SumLayout
 from tests.monitor import two_ranks
-from tests.monitor.two_ranks import one_process
+from tests.monitor.rank_scenarios import Stream
+from tests.monitor.rank_training import PLACEMENTS, STEPS, WAYS, one_process, states_and_mask
 
 Results = list[dict[str, dict[str, Any]]]
-WAYS = ("plain", "ddp", "fsdp1", "fsdp2")
 LAYOUT = SumLayout(5)
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What the scenarios of `two_ranks` gave on each rank."""
+    """What the scenarios of `rank_scenarios` gave on each rank."""
     return two_ranks.run_both(tmp_path_factory.mktemp("ranks"), "gloo")
 
 
@@ -29,7 +30,7 @@ def steps_of(result: dict[str, Any]) -> list[tuple[int, tuple[int, ...]]]:
 def test_two_ranks_equal_one_process(ranks: Results, way: str) -> None:
     """At step 0 to the rounding of sums; later steps to that of the gradients."""
     first = ranks[0][way]
-    want = one_process(steps=1 if way == "plain" else two_ranks.STEPS)
+    want = one_process(steps=1 if way == "plain" else STEPS)
     for (step, sums, scalars, silent), expected in zip(first["snapshots"], want, strict=way != "plain"):
         assert (step, silent) == (expected.step, ())
         tolerance = 1e-12 if step == 0 else 1e-5
@@ -53,7 +54,7 @@ def test_all_ranks_have_the_same_and_the_first_alone_writes(ranks: Results, way:
 @pytest.mark.parametrize("way", WAYS)
 def test_one_collective_of_one_size_per_step_and_the_same_losses(ranks: Results, way: str) -> None:
     for results in ranks:
-        assert len(results[way]["sizes"]) == two_ranks.STEPS and len(set(results[way]["sizes"])) == 1
+        assert len(results[way]["sizes"]) == STEPS and len(set(results[way]["sizes"])) == 1
         assert results[way]["losses"] == results[way]["bare"]
 
 
@@ -127,3 +128,26 @@ def test_scalars_are_averaged_by_name(ranks: Results) -> None:
     assert of_second["own"] == 10.0 and len(of_first) == len(of_second) == 17 and of_first["silent_ranks"] == 0
     assert "left out 'many_14': expected at most 16 scalars" in first["said"][0]
     assert LAYOUT.views(first["latest"][1])["tokens"] > 0
+
+
+@pytest.mark.parametrize("compiled", ["eager", "compiled"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_states_that_are_distributed_tensors(ranks: Results, placement: str, compiled: str) -> None:
+    """Read where each rank has whole sequences; otherwise that is said, and training is what it was."""
+    net = Stream()
+    monitor = Monitor(net, MonitorConfig(every_n_steps=1))
+    with monitor.step(0):
+        net(*states_and_mask()).square().mean().backward()
+    monitor.close()
+    assert monitor.latest is not None
+    for results in (results[f"{placement}, {compiled}"] for results in ranks):
+        (bare, bare_graphs), (got, graphs) = results["bare"], results["got"]
+        assert graphs == bare_graphs == ((0, 0) if compiled == "eager" else (1, 0))
+        assert all(map(torch.equal, bare, got)) and bare[0].abs().sum() > 0
+        if placement in ("replicated", "rows"):
+            assert results["said"] == [] and results["latest"][0] == 1
+            torch.testing.assert_close(results["latest"][1], monitor.latest.sums, rtol=1e-9, atol=1e-9)
+        else:
+            (said,) = results["said"]
+            assert results["latest"] is None and "DTensor" in said and "Training goes on without it" in said
+            assert compiled == "compiled" or f"placements ({PLACEMENTS[placement]!r},)" in said

@@ -227,6 +227,30 @@ def test_a_failure_ends_this_metric_alone(monkeypatch) -> None:
     assert monitor.latest.ssm_memory.isnan().all()
 
 
+@pytest.mark.usefixtures("untyped")
+def test_a_projection_that_cannot_be_read_ends_this_metric_alone() -> None:
+    class InATuple(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return (super().forward(x),)
+
+    class Mixer(FlatMixer):
+        def forward(self, x: Tensor) -> Tensor:
+            (projected,) = self.x_proj(x)
+            return x + nn.functional.softplus(self.dt_proj(projected[..., :4]))
+
+    model = nn.Sequential(nn.ModuleList([Mixer(fast=False) for _ in range(2)]))
+    for mixer in model[0]:  # pyright: ignore[reportGeneralTypeIssues]
+        mixer.x_proj = InATuple(16, 4 + 2 * 3, bias=False)
+    monitor, x = Monitor(model, MonitorConfig(**EVERY_STEP)), torch.randn(3, 5, 16, requires_grad=True)
+    with pytest.warns(RuntimeWarning, match="stopped measuring 'ssm'.*The other metrics go on") as caught:
+        for step in range(2):
+            with monitor.step(step):
+                model[0][1](model[0][0](x)).sum().backward()  # pyright: ignore[reportIndexIssue]
+        monitor.close()
+    assert len(caught) == 1 and monitor.latest is not None and monitor.latest.step == 1
+    assert monitor.latest.inter_token.isfinite().all()
+
+
 def test_evaluation_and_copies_leave_no_trace() -> None:
     model = build("Mamba")
     monitor = Monitor(model, MonitorConfig(**EVERY_STEP))
