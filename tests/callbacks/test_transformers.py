@@ -1,9 +1,14 @@
 """The Hugging Face callback under a real Trainer."""
 
+import ast
 import copy
 import gc
 import json
+import os
 import pickle
+import socket
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -477,3 +482,64 @@ def test_a_copy_of_the_callback_leaves_the_engine_behind(tmp_path) -> None:
     for copied in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
         assert copied.monitor is None and copied.config == callback.config
     assert trainer.model.forwards == 8
+
+
+TWO_RANKS = """
+import sys
+from pathlib import Path
+from repflow.callbacks import RepresentationMonitorCallback
+from repflow.monitor.sinks import RunFileSink
+from tests.callbacks.test_transformers import losses, train, trainer_of, weights
+
+path = Path(sys.argv[1])
+options = dict(ddp_backend="gloo", ddp_timeout=60, gradient_accumulation_steps=2, report_to="tensorboard")
+bare = train(path / "bare", **options)
+callback = RepresentationMonitorCallback(every_n_steps=1, sinks=[RunFileSink(path / "run.db")])
+watched = train(path / "watched", callback, **options)
+latest = callback.monitor.latest
+values = [latest.step, latest.sums.tolist(), latest.scalars["loss"], losses(watched)]
+values.append([w.double().sum().item() for w in weights(watched)])
+same = losses(watched) == losses(bare) and all(map(lambda a, b: a.equal(b), weights(watched), weights(bare)))
+rank = watched.args.process_index
+
+crashing = trainer_of(path / "crash", RepresentationMonitorCallback(every_n_steps=1, name="crash"), **options)
+crashing.model.fail_at = 3 if rank == 1 else None  # one rank alone: the other finds out when it meets it
+crashed = False
+try:
+    crashing.train()
+except (ZeroDivisionError, RuntimeError):
+    crashed = True
+(path / f"rank{rank}.txt").write_text(repr((values, same, crashed)))
+"""
+
+
+def test_two_ranks(tmp_path) -> None:
+    """DistributedDataParallel: the first rank writes, both know the same, and neither waits for one that crashed."""
+    (tmp_path / "ranks.py").write_text(TWO_RANKS)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    root = Path(__file__).parents[2]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    shared["PYTHONPATH"] = os.pathsep.join([str(root / "src"), str(root)])
+    command = [sys.executable, "ranks.py", str(tmp_path)]
+    processes = [
+        subprocess.Popen(
+            command, cwd=tmp_path, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            process.wait(timeout=200)
+    finally:
+        for process in processes:
+            process.kill()
+    first, second = (ast.literal_eval((tmp_path / f"rank{rank}.txt").read_text()) for rank in range(2))
+    assert first[0] == second[0] and first[1:] == second[1:] == (True, True)
+    step, _, loss, logged, _ = first[0]
+    run = open_run(tmp_path / "run.db")
+    assert run.step.values.tolist() == list(range(step + 1)) and run.tokens.values.tolist() == [128, 64] * 2
+    assert run.loss.values.tolist() == pytest.approx(logged, rel=1e-6) and run.loss.values[-1] == loss
+    assert run.attrs["attempt"] == 1 and len(list(tmp_path.glob("watched/runs/*"))) == 1
+    assert open_run(tmp_path / "repflow-runs" / "crash.db").step.values.tolist() == [0]
