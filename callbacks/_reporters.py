@@ -30,7 +30,7 @@ class ReporterSink(AbstractSink):
 
     def start(self, run: RunInfo) -> None:
         """Look for reporters."""
-        from transformers.integrations import TensorBoardCallback
+        from transformers.integrations.integration_utils import TensorBoardCallback
 
         self.close()
         sinks: list[AbstractSink] = []

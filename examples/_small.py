@@ -4,10 +4,12 @@ import itertools
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from repflow.monitor import open_run
@@ -21,7 +23,12 @@ ROWS = 8
 def small_model() -> GPTNeoXForCausalLM:
     """A transformer of six blocks with random weights, which reads bytes."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 256}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "intermediate_size": 256,
+    }
     return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=256, bos_token_id=None, eos_token_id=None, **sizes))
 
 
@@ -48,9 +55,9 @@ def sequences(number: int) -> Tensor:
     return torch.frombuffer(data, dtype=torch.uint8).view(number, TOKENS).long()
 
 
-def batches(number: int) -> tuple[Tensor, ...]:
-    """So many batches, `[ROWS, TOKENS]` each."""
-    return sequences(number * ROWS).split(ROWS)
+def loader(batches: int) -> DataLoader[Tensor]:
+    """Batches of it, `[ROWS, TOKENS]` each, in order."""
+    return DataLoader(cast("Dataset[Tensor]", sequences(batches * ROWS)), batch_size=ROWS)
 
 
 def show(run_file: Path | None) -> None:

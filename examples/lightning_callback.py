@@ -2,9 +2,8 @@
 
 import lightning as L
 import torch
-from _small import ROWS, sequences, show, small_model
+from _small import loader, show, small_model
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from repflow.callbacks import RepresentationMonitor
 from repflow.monitor.sinks import RunFileSink
@@ -35,7 +34,7 @@ trainer = L.Trainer(
     enable_checkpointing=False,
     callbacks=[RepresentationMonitor(every_n_steps=5, name="lightning_callback", sinks=run_file)],
 )
-trainer.fit(LanguageModel(), DataLoader(sequences(32 * ROWS), batch_size=ROWS))
+trainer.fit(LanguageModel(), loader(32))
 
 print(f"for EarlyStopping and ModelCheckpoint: V_loc {trainer.callback_metrics['repflow/v_loc']:.2e}")
 show(run_file.path)

@@ -69,7 +69,7 @@ def test_fine_tuning_of_a_folder(example, tmp_path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     folder = tmp_path / "pretrained"
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
-    sizes = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
+    sizes: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
     run = example("finetune", str(folder))
     check(run, [0, 5, 10, 15, 20, 25], tokens=None)
@@ -98,7 +98,7 @@ def surroundings(loop: str) -> dict[str, Any]:
     names: dict[str, Any] = {"model": model, "dataset": dataset, "loader": DataLoader(dataset, 4)}  # type: ignore[arg-type]
     names["optimizer"] = torch.optim.AdamW(model.parameters(), 1e-3)
     if loop == "Lightning":
-        quiet = dict(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1)
+        quiet: dict[str, Any] = dict(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1)
         names["Trainer"] = lambda **options: lightning.pytorch.Trainer(**options, **quiet)
         names["module"] = Module(model)
     elif loop == "Hugging Face Trainer":

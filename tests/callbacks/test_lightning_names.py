@@ -37,7 +37,7 @@ def model_of(framework: Any, fail_at: int | None = None) -> Any:
     class Model(framework.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            sizes: dict[str, int] = dict(hidden_size=32, num_attention_heads=4, intermediate_size=48)
+            sizes: dict[str, Any] = dict(hidden_size=32, num_attention_heads=4, intermediate_size=48)
             config = transformers.GPTNeoXConfig(vocab_size=64, num_hidden_layers=3, **sizes)
             self.model = transformers.GPTNeoXForCausalLM(config)
 

@@ -18,13 +18,20 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from repflow.callbacks import RepresentationMonitorCallback
 from repflow.monitor import MonitorConfig, RepflowWarning, open_run
 from repflow.monitor.sinks import RunFileSink
 from tests.callbacks.watching import Keep, hooks
 
-SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
 
 
 class Model(transformers.GPTNeoXForCausalLM):
@@ -37,7 +44,9 @@ class Model(transformers.GPTNeoXForCausalLM):
     def __init__(self, config: Any = None) -> None:
         super().__init__(config or transformers.GPTNeoXConfig(**SIZES, hidden_dropout=0.1))
 
-    def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any
+    ) -> Any:
         output = super().forward(input_ids, attention_mask, labels=labels, **kwargs)
         if self.training:
             self.forwards += 1
@@ -63,11 +72,13 @@ def arguments(path: Path, kind: type[TrainingArguments] = TrainingArguments, **o
     return kind(**{**settings, **options})
 
 
-def trainer_of(path: Path, *callbacks: TrainerCallback, model: Any = None, data: Any = None, **options: Any) -> Trainer:
+def trainer_of(path: Path, *callbacks: TrainerCallback, model: Any = None, data: Any = None, **options: Any) -> Any:
     """A Trainer of a model that is the same every time."""
     torch.manual_seed(3)
     data = rows() if data is None else data
-    given = {"model_init": options.pop("model_init")} if "model_init" in options else {"model": model or Model()}
+    given: dict[str, Any] = (
+        {"model_init": options.pop("model_init")} if "model_init" in options else {"model": model or Model()}
+    )
     trainer = Trainer(
         **given, args=arguments(path, **options), train_dataset=data, eval_dataset=rows(8), callbacks=list(callbacks)
     )
@@ -75,23 +86,23 @@ def trainer_of(path: Path, *callbacks: TrainerCallback, model: Any = None, data:
     return trainer
 
 
-def train(path: Path, *callbacks: TrainerCallback, resume: Path | None = None, **options: Any) -> Trainer:
+def train(path: Path, *callbacks: TrainerCallback, resume: Path | None = None, **options: Any) -> Any:
     """A Trainer that has trained."""
     trainer = trainer_of(path, *callbacks, **options)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return trainer
 
 
-def losses(trainer: Trainer) -> list[float]:
+def losses(trainer: Any) -> list[float]:
     """What the Trainer has logged."""
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
-def weights(trainer: Trainer) -> list[Tensor]:
+def weights(trainer: Any) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in trainer.model.parameters()]
 
 
-def same(trainer: Trainer, other: Trainer) -> bool:
+def same(trainer: Any, other: Any) -> bool:
     """Whether two trainings ended alike, to the last bit."""
     pairs = zip(weights(trainer), weights(other), strict=True)
     return losses(trainer) == losses(other) and all(torch.equal(a, b) for a, b in pairs)
@@ -191,7 +202,7 @@ def test_a_reporter_that_fails_changes_nothing(tmp_path) -> None:
         def __getattr__(self, name: str) -> Any:
             return lambda *args, **kwargs: None
 
-    class Quiet(transformers.integrations.TensorBoardCallback):
+    class Quiet(TensorBoardCallback):
         def on_log(self, *args: Any, **kwargs: Any) -> None:
             pass
 
@@ -203,7 +214,7 @@ def test_a_reporter_that_fails_changes_nothing(tmp_path) -> None:
 class TestTrainingRaises:
     """The Trainer tells no callback. Forward 8 is in step 7, which is sampled."""
 
-    def crash(self, path: Path, callback: RepresentationMonitorCallback, fault: type[BaseException]) -> Trainer:
+    def crash(self, path: Path, callback: RepresentationMonitorCallback, fault: type[BaseException]) -> Any:
         trainer = trainer_of(path, callback)
         trainer.model.fail_at, trainer.model.fault = 8, fault
         with pytest.raises(fault, match="in the user's model"):
@@ -261,7 +272,7 @@ class TestResume:
         train(path, *callbacks, save_strategy="steps", save_steps=6)
         return path / "checkpoint-6"
 
-    def resume(self, checkpoint: Path, *callbacks: RepresentationMonitorCallback, **options: Any) -> Trainer:
+    def resume(self, checkpoint: Path, *callbacks: RepresentationMonitorCallback, **options: Any) -> Any:
         return train(checkpoint.parent, *callbacks, resume=checkpoint, save_strategy="steps", save_steps=6, **options)
 
     def test_the_same_run_file_goes_on(self, tmp_path) -> None:
@@ -318,7 +329,7 @@ class TestResume:
     def test_the_state_is_plain(self, tmp_path) -> None:
         states = RepresentationMonitorCallback(every_n_steps=4, log_states=(0, -1), name="mine")
         checkpoint = self.saved(tmp_path, states)
-        state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        state: Any = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         stored = state.stateful_callbacks["RepresentationMonitorCallback"]
         assert stored["attributes"]["saved"]["name"] == "mine" and stored["attributes"]["saved"]["lost"] == []
         assert RepresentationMonitorCallback(**stored["args"]).config == states.config
@@ -410,8 +421,10 @@ def test_low_rank_adapters(tmp_path) -> None:
 def test_encoder_decoder_and_a_subclass_of_the_trainer(tmp_path, stream) -> None:
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-    sizes = dict(vocab_size=64, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0)
-    data = [{**row, "labels": row["input_ids"][:6]} for row in rows()]
+    sizes: dict[str, Any] = dict(
+        vocab_size=64, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    data: Any = [{**row, "labels": row["input_ids"][:6]} for row in rows()]
     keep = Keep()
     trainer = Seq2SeqTrainer(
         transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)),
