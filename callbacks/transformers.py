@@ -129,8 +129,7 @@ class RepresentationMonitorCallback(TrainerCallback, ExportableState):
             return
         self._step.__exit__(None, None, None)
         self._step = None
-        loss = _summed_loss(self._trainer()) if self._loss is not None else None
-        if loss is not None and self._loss is not None:
+        if self._loss is not None and (loss := _summed_loss(self._trainer())) is not None:
             self.monitor.log(loss=loss - self._loss)
         self.monitor.publish()
 
@@ -184,8 +183,8 @@ class RepresentationMonitorCallback(TrainerCallback, ExportableState):
     def _saved(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
         """What the checkpoint being resumed has kept of this monitor; nothing in a training that begins.
 
-        It is found in `state` however the Trainer restores callbacks: by default it does not, and where it is told to
-        it puts one made of `state()` in the place of this one.
+        It is read from `state`, since by default the Trainer restores no callbacks. Where it is told to, this one has
+        been made of what `state` gave, and stands in the place of the user's.
         """
         kept = cast(dict[str, Any], state.stateful_callbacks)
         # The Trainer updates this entry when it saves, but a checkpoint of a training without monitor brings none.
