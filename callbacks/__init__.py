@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from repflow.callbacks.lightning import RepresentationMonitor
+    from repflow.callbacks.transformers import RepresentationMonitorCallback
 
-_HOMES = {"RepresentationMonitor": "lightning"}
+_HOMES = {"RepresentationMonitor": "lightning", "RepresentationMonitorCallback": "transformers"}
 
-__all__ = ["RepresentationMonitor"]
+__all__ = ["RepresentationMonitor", "RepresentationMonitorCallback"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,23 +2,28 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from repflow._imports import LIGHTNING, require
-from repflow.monitor import Monitor, MonitorConfig, RunInfo, Snapshot, find_residual_stream
-from repflow.monitor.sinks import AbstractSink, LoggerSink, RunFileSink
+from repflow._imports import LIGHTNING, PYTORCH_LIGHTNING, require
+from repflow.callbacks._choices import Choices
+from repflow.monitor import Monitor, MonitorConfig, RunInfo, Snapshot
+from repflow.monitor.sinks import AbstractSink, LoggerSink
 from repflow.monitor.sinks._keys import StateChoice, scalar_items
 
 require("lightning")
-if TYPE_CHECKING or LIGHTNING:
+if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
-else:  # the same framework under its other name
-    from pytorch_lightning import Callback, LightningModule, Trainer
+else:
+    # One framework under two names, each with classes of its own. A Trainer calls whatever has a callback's methods,
+    # but looks for its own Callback where it is given a single one, and so does the command line.
+    _NAMES = {"lightning.pytorch": LIGHTNING, "pytorch_lightning": PYTORCH_LIGHTNING}
+    Callback = type("Callback", tuple(import_module(name).Callback for name, found in _NAMES.items() if found), {})
+    LightningModule = Trainer = Any
 
 
 class RepresentationMonitor(Callback):
@@ -31,7 +36,7 @@ class RepresentationMonitor(Callback):
     Snapshots go to a run file, to all of the trainer's loggers, and into `trainer.callback_metrics` under the same keys
     (`repflow/inter_token/state_00`, `repflow/v_loc`, …), so that EarlyStopping and ModelCheckpoint can use them. Steps
     are optimizer steps, as the trainer's own metrics count them. The loss that `training_step` returns is kept with
-    each snapshot.
+    each snapshot. The Trainer may be that of `lightning.pytorch` or of `pytorch_lightning`.
 
     Args:
         config: what to measure. Its fields may be given as keywords instead: `RepresentationMonitor(every_n_steps=10)`.
@@ -58,51 +63,44 @@ class RepresentationMonitor(Callback):
         log_states: StateChoice = "auto",
         **options: Any,
     ) -> None:
-        self.config = MonitorConfig.from_options(config, options)
-        if log_states not in ("auto", "all") and (isinstance(log_states, str) or not isinstance(log_states, Sequence)):
-            raise ValueError(
-                f'`RepresentationMonitor`: expected log_states="auto", "all" or state numbers, got {log_states!r}'
-            )
+        self._choices = Choices.checked(
+            type(self).__name__,
+            config,
+            options,
+            sinks=sinks,
+            blocks=blocks,
+            stream=stream,
+            name=name,
+            log_states=log_states,
+        )
+        self.config = self._choices.config
         self.monitor: Monitor | None = None
         """The engine, from the start of fitting on."""
-        self._sinks = [sinks] if isinstance(sinks, AbstractSink) else sinks
-        self._blocks = blocks
-        self._stream = stream
-        self._name = name
         self._resumed_name: str | None = None  # of the run whose checkpoint is being continued
-        self._log_states: StateChoice = log_states
         self._open: AbstractContextManager[None] | None = None
         self._scalars = _CallbackMetricsSink()
 
     @property
     def state_key(self) -> str:
         """Tells several monitors of one trainer apart in checkpoints."""
-        blocks = self._blocks if self._blocks is None or isinstance(self._blocks, str) else "given"
-        return self._generate_state_key(stream=self._stream, blocks=blocks, name=self._name)
+        return self._generate_state_key(**self._choices.key())
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the blocks. `setup` would be too early: models may only be built after it."""
         self._close()
         self.monitor = None
         if not (trainer.is_global_zero or self.config.reduce):
-            # An error must come on all ranks, or the others would wait for the first for ever.
-            find_residual_stream(pl_module, self._blocks, stream=self._stream)
+            self._choices.find_blocks(pl_module)
             return
-        own = self._sinks
-        if own is None:
-            own = [] if getattr(trainer, "fast_dev_run", False) else [RunFileSink()]
+        own = self._choices.own_sinks()
+        if self._choices.sinks is None and getattr(trainer, "fast_dev_run", False):
+            own = []
         self._scalars = _CallbackMetricsSink(trainer if trainer.world_size == 1 else None)
-        sinks = [*own, LoggerSink(lambda: trainer.loggers, states=self._log_states), self._scalars]
-        config = self.config
-        if config.compiled == "auto" and getattr(pl_module, "_compiler_ctx", None) is not None:
-            config = replace(config, compiled=True)  # torch.compile(module), of which the trainer passes the module on
-        self.monitor = Monitor(
+        self.monitor = self._choices.monitor(
             pl_module,
-            config,
-            sinks=sinks,
-            blocks=self._blocks,
-            stream=self._stream,
-            name=self._resumed_name or self._name,
+            [*own, LoggerSink(lambda: trainer.loggers, states=self._choices.log_states), self._scalars],
+            compiled=getattr(pl_module, "_compiler_ctx", None) is not None,  # the trainer passes on what is inside
+            name=self._resumed_name,
         )
         self._resumed_name = None
 
@@ -148,7 +146,7 @@ class RepresentationMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The name of the run, under which a resumed run goes on in the same file."""
-        return {"name": self.monitor.run.name if self.monitor is not None else self._name}
+        return {"name": self.monitor.run.name if self.monitor is not None else self._choices.name}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the run of the checkpoint."""

@@ -1,8 +1,8 @@
-"""What DDP, FSDP, torch.compile and activation checkpointing put around modules and into their names."""
+"""What DDP, FSDP, Fabric, torch.compile and activation checkpointing put around modules and into their names."""
 
 from torch.nn import Module
 
-WRAPPERS = frozenset(["module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+WRAPPERS = frozenset(["module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
 """Components of module names that wrappers add."""
 
 _HELD = tuple(sorted(WRAPPERS - {"module"}))  # `module` is also what users call their own

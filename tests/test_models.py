@@ -1,8 +1,8 @@
 """The matrix: every architecture, with padding, with and without checkpointing, with and without the monitor."""
 
-import importlib.util
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
 import transformers
@@ -75,17 +75,14 @@ def test_the_matrix_sees_what_is_wrong() -> None:
         assert examine(drifting).plain == Trained(states=False, losses=True, snapshot=False, padding=False)
 
 
-if importlib.util.find_spec("peft"):
+def lora() -> nn.Module:
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SMALL, **GROUPED}))
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "up_proj"], lora_dropout=0.1)
+    return peft.get_peft_model(model, config)
 
-    def lora() -> nn.Module:
-        import peft  # pyright: ignore[reportMissingImports]
 
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SMALL, **GROUPED}))
-        config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "up_proj"], lora_dropout=0.1)
-        return peft.get_peft_model(model, config)
-
-    def test_peft_itself() -> None:
-        """As its stand-in in the matrix."""
-        result = examine(plain("PEFT", lora, "base_model.model.model.layers", [ATTENTION] * 3))
-        assert (result.plain, result.checkpointed) == (GOOD, GOOD)
-        assert result.parts == (ATTENTION,) * 3
+def test_peft_itself() -> None:
+    """As its stand-in in the matrix."""
+    result = examine(plain("PEFT", lora, "base_model.model.model.layers", [ATTENTION] * 3))
+    assert (result.plain, result.checkpointed) == (GOOD, GOOD)
+    assert result.parts == (ATTENTION,) * 3

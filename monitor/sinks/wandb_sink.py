@@ -40,6 +40,7 @@ class WandbSink(AbstractSink):
         heatmaps: Whether to log images.
         max_images: The most images of one run, thinned out as it gets longer.
         run_file: A run file, or the `RunFileSink` that writes it, to be saved as an artifact on `close`.
+        also_step: Another key under which to log the measured step, such as that of the training loop's own charts.
         **init_kwargs: For `wandb.init`, if it is called: `project`, `mode`, `dir` and so on. The run is offline for a
             user who is not logged in, unless these or W&B's settings give a mode.
 
@@ -57,6 +58,7 @@ class WandbSink(AbstractSink):
         heatmaps: bool = True,
         max_images: int = 300,
         run_file: str | os.PathLike[str] | RunFileSink | None = None,
+        also_step: str | None = None,
         **init_kwargs: Any,
     ) -> None:
         require("wandb")
@@ -68,6 +70,7 @@ class WandbSink(AbstractSink):
         self._states: StateChoice = states
         self._max_images = max_images if heatmaps else 0
         self._run_file = run_file
+        self._step_keys = ("repflow/step",) if also_step is None else ("repflow/step", also_step)
         self._init_kwargs = init_kwargs
         self._run: wandb.Run | None = None
         self._own = False
@@ -130,7 +133,7 @@ class WandbSink(AbstractSink):
             # defined by its full name wins over both.
             for key in items:
                 run.define_metric(key, step_metric="repflow/step")
-        run.log({"repflow/step": snapshot.step, **items, **self._ready()})
+        run.log({**dict.fromkeys(self._step_keys, snapshot.step), **items, **self._ready()})
         self._last = snapshot
         if self._series is not None and (drawn := self._series.add(snapshot)):
             self._submit(drawn)

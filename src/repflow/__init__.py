@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from repflow.callbacks import RepresentationMonitor
+    from repflow.callbacks import RepresentationMonitor, RepresentationMonitorCallback
     from repflow.monitor import Monitor, MonitorConfig, Snapshot, find_residual_stream, open_run
 
 _HOMES = {
@@ -20,12 +20,14 @@ _HOMES = {
     "find_residual_stream": "repflow.monitor",
     "open_run": "repflow.monitor",
     "RepresentationMonitor": "repflow.callbacks",
+    "RepresentationMonitorCallback": "repflow.callbacks",
 }
 
 __all__ = [
     "Monitor",
     "MonitorConfig",
     "RepresentationMonitor",
+    "RepresentationMonitorCallback",
     "Snapshot",
     "__version__",
     "find_residual_stream",

@@ -19,28 +19,13 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 from repflow.callbacks import RepresentationMonitor
-from repflow.monitor import MonitorConfig, RepflowWarning, Snapshot, open_run
-from repflow.monitor.sinks import AbstractSink, RunFileSink
+from repflow.monitor import MonitorConfig, RepflowWarning, open_run
+from repflow.monitor.sinks import RunFileSink
+from tests.callbacks.watching import Keep, hooks
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(does not have many workers|fewer than the logging interval|exists and is not empty|isinstance.treespec)"
 )
-
-
-class Keep(AbstractSink):
-    """Keeps the snapshots."""
-
-    def __init__(self) -> None:
-        self.snapshots: list[Snapshot] = []
-
-    def start(self, run) -> None:
-        pass
-
-    def write(self, snapshot: Snapshot) -> None:
-        self.snapshots.append(snapshot)
-
-    def close(self) -> None:
-        pass
 
 
 class Model(LightningModule):
@@ -93,10 +78,6 @@ def fit(path: Path, *callbacks: Callback, model: Any = None, ckpt_path=None, row
     trainer = Trainer(callbacks=list(callbacks), **{**settings, **options})
     trainer.fit(model, DataLoader(data, 4, shuffle=True), DataLoader(data, 8), ckpt_path=ckpt_path)
     return model, trainer
-
-
-def hooks(model: torch.nn.Module) -> list[int]:
-    return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
 
 
 def test_one_line(tmp_path, monkeypatch) -> None:

@@ -1,0 +1,99 @@
+"""What every callback is made with, and the engine that is made from it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch.nn import Module
+
+from repflow.monitor import Monitor, MonitorConfig, find_residual_stream
+from repflow.monitor.sinks import AbstractSink, RunFileSink
+from repflow.monitor.sinks._keys import StateChoice
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Choices:
+    """The arguments of a callback, checked; see `RepresentationMonitor` for what they mean."""
+
+    config: MonitorConfig
+    sinks: Sequence[AbstractSink] | None
+    blocks: str | Sequence[Module] | None
+    stream: str | None
+    name: str | None
+    log_states: StateChoice
+
+    @classmethod
+    def checked(
+        cls,
+        owner: str,
+        config: MonitorConfig | None,
+        options: Mapping[str, Any],
+        *,
+        sinks: AbstractSink | Sequence[AbstractSink] | None,
+        blocks: str | Sequence[Module] | None,
+        stream: str | None,
+        name: str | None,
+        log_states: StateChoice,
+    ) -> "Choices":
+        """The choices, as they are given to the class `owner`.
+
+        Raises:
+            TypeError: an option that does not exist, or both a config and options.
+            ValueError: an option out of its range.
+        """
+        if log_states not in ("auto", "all") and (isinstance(log_states, str) or not isinstance(log_states, Sequence)):
+            raise ValueError(f'`{owner}`: expected log_states="auto", "all" or state numbers, got {log_states!r}')
+        return cls(
+            config=MonitorConfig.from_options(config, options),
+            sinks=[sinks] if isinstance(sinks, AbstractSink) else sinks,
+            blocks=blocks,
+            stream=stream,
+            name=name,
+            log_states=log_states,
+        )
+
+    def key(self) -> dict[str, str | None]:
+        """Tells several monitors of one training apart."""
+        blocks = self.blocks if self.blocks is None or isinstance(self.blocks, str) else "given"
+        return {"stream": self.stream, "blocks": blocks, "name": self.name}
+
+    def plain(self) -> tuple[dict[str, Any], list[str]]:
+        """The arguments that JSON can hold, and the names of those that were given and that it cannot."""
+        states = self.log_states if isinstance(self.log_states, str) else list(self.log_states)
+        arguments = {**self.config.to_dict(), "log_states": states, "stream": self.stream, "name": self.name}
+        arguments |= {"blocks": self.blocks, "sinks": self.sinks}
+        plain = {name: value for name, value in arguments.items() if _is_plain(value)}
+        return plain, sorted(arguments.keys() - plain.keys())
+
+    def own_sinks(self) -> Sequence[AbstractSink]:
+        """The given sinks, or else a run file."""
+        return [RunFileSink()] if self.sinks is None else self.sinks
+
+    def find_blocks(self, model: Module) -> None:
+        """Find the blocks and make nothing of them, on a rank that measures nothing.
+
+        An error must come on all ranks, or the others would wait for the first for ever.
+        """
+        find_residual_stream(model, self.blocks, stream=self.stream)
+
+    def monitor(
+        self, model: Module, sinks: Sequence[AbstractSink], *, compiled: bool = False, name: str | None = None
+    ) -> Monitor:
+        """The engine of one training.
+
+        Args:
+            model: what is trained.
+            sinks: all of them.
+            compiled: whether the framework compiles the model around what it shows of it.
+            name: of the run, in place of the one that was chosen.
+        """
+        config = replace(self.config, compiled=True) if compiled and self.config.compiled == "auto" else self.config
+        return Monitor(
+            model, config, sinks=sinks, blocks=self.blocks, stream=self.stream, name=self.name if name is None else name
+        )
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
