@@ -26,6 +26,11 @@ class MonitorConfig:
     """Most tokens measured of one micro-batch, on each rank. Whole sequences first. Unit: tokens."""
     cka_tokens: int = 2048
     """Most tokens of those that enter CKA, whose cost grows with their square. Unit: tokens."""
+    ssm_tokens: int = 2048
+    """Most tokens of those that enter decay and memory length, of which a large Mamba has thousands per token.
+
+    Unit: tokens.
+    """
     max_memory_mib: int = 1024
     """Largest capture buffer. Fewer tokens are measured where `max_tokens` would not fit, and that is said.
 
@@ -118,6 +123,7 @@ _SMALLEST = {
     "every_n_steps": 1,
     "max_tokens": 4,
     "cka_tokens": 4,
+    "ssm_tokens": 1,
     "max_memory_mib": 1,
     "max_documents": 0,
     "skip_first_tokens": 0,

@@ -3,7 +3,7 @@
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -106,7 +106,7 @@ class Monitor:
             self.stream,
             skip_first=self.config.skip_first_tokens,
             failed=functools.partial(weakly(self._drop_metric), "ssm"),
-            timed=weakly(self._timed),
+            choose=weakly(self._choose_for_decays),
         )
         self._capture = Capture(
             stream=self.stream,
@@ -251,9 +251,15 @@ class Monitor:
             self._warn(
                 f"measures {capacity} tokens of a micro-batch instead of {wanted}: max_memory_mib={limit}", key="memory"
             )
+        return self._select(batch, min(wanted, capacity))
+
+    def _choose_for_decays(self, captured: tuple[int, int]) -> Selection:
+        return self._select(captured, self.config.ssm_tokens)
+
+    def _select(self, batch: tuple[int, int], tokens: int) -> Selection:
         step = self._current()
         forward = step.sums.forwards if step.sums is not None else 0
-        return select(batch, min(wanted, capacity), seed=self.config.seed, step=step.number, forward=forward)
+        return select(batch, tokens, seed=self.config.seed, step=step.number, forward=forward)
 
     def _add(self, forward: CapturedForward) -> None:
         """Accumulate one micro-batch."""
@@ -271,9 +277,6 @@ class Monitor:
         if self._step is None:
             raise RuntimeError("a hook ran outside of a monitored step")
         return self._step
-
-    def _timed(self, device: torch.device) -> AbstractContextManager[None]:
-        return self._current().timed(device)
 
     def _arm(self, mask: Tensor | None) -> None:
         self._publication.join()

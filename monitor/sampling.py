@@ -61,8 +61,8 @@ class Selection:
 
     def to(self, device: torch.device) -> "Selection":
         """The same on `device`. The copy does not wait for the device."""
-        rows = _send(self.rows, device) if isinstance(self.rows, Tensor) else self.rows
-        return Selection(rows, None if self.tokens is None else _send(self.tokens, device), self.shape)
+        rows = send_index(self.rows, device) if isinstance(self.rows, Tensor) else self.rows
+        return Selection(rows, None if self.tokens is None else send_index(self.tokens, device), self.shape)
 
 
 def select(batch: tuple[int, int], max_tokens: int, *, seed: int, step: int, forward: int) -> Selection:
@@ -106,5 +106,6 @@ def _as_slice(index: Int64[Tensor, " R"]) -> Int64[Tensor, " R"] | slice:
     return slice(even.start, even.stop, step) if numbers == list(even) else index
 
 
-def _send(index: Tensor, device: torch.device) -> Tensor:
+def send_index(index: Int64[Tensor, " K"], device: torch.device) -> Int64[Tensor, " K"]:
+    """`index`, which is on the CPU, on `device`; a GPU is not waited for."""
     return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)

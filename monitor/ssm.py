@@ -5,13 +5,12 @@ to another path to read it: where a fused kernel computes Δ without calling a m
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import linear, softplus
@@ -20,9 +19,11 @@ from repflow.monitor.capture import CapturedForward, Recording
 from repflow.monitor.functional.ssm import RATE_BINS, count_rates
 from repflow.monitor.positions import token_positions, without_first
 from repflow.monitor.residual_stream import ResidualStream
+from repflow.monitor.sampling import Selection, send_index
 
-_CHUNK = 2**24
-"""Rates held at once: a large Mamba has 5000 channels for each of its tokens."""
+_HELD_RATES, _HELD_BLOCKS = 2**24, 64
+"""So many rates are held and then counted together, of so many blocks: a launch for each block would cost more, but a
+large Mamba has 5000 channels for each of its tokens."""
 
 
 @dataclass(frozen=True)
@@ -110,33 +111,49 @@ class DecayCounts:
     """The counts of one forward, by state-space block; see `count_rates`."""
 
     forward: Recording
+    index: Int64[Tensor, " N"] | None
+    """The tokens that are counted, in the flattened micro-batch; None, all of them."""
     valid: Bool[Tensor, " N"] | None
     decay: Float[Tensor, "M bins"]
     memory: Float[Tensor, "M bins"]
     nonfinite: Float[Tensor, " M"]
+    _rows: list[int] = field(default_factory=list)
+    _rates: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def of(cls, forward: Recording, blocks: int, skip_first: int) -> "DecayCounts":
-        """Nothing counted yet."""
+    def of(cls, forward: Recording, blocks: int, skip_first: int, part: Selection) -> "DecayCounts":
+        """Nothing counted yet. `part` is counted of what is captured."""
         device = forward.view.device
         decay, memory = torch.zeros(2, blocks, RATE_BINS, dtype=torch.float64, device=device)
-        return cls(forward, _valid(forward, skip_first), decay, memory, torch.zeros_like(decay[:, 0]))
+        index, valid = _tokens(forward, skip_first, part)
+        return cls(forward, index, valid, decay, memory, torch.zeros_like(decay[:, 0]))
 
     def add(self, row: int, mixer: SsmMixer, output: Tensor) -> None:
-        """Count the sampled tokens of what the mixer's source returned."""
+        """Take the rates out of what the mixer's source returned, while the mixer's parameters are there."""
         rows, tokens, _ = self.forward.shape
         if output.numel() != rows * tokens * output.shape[-1]:
             raise ValueError(f"expected an output for {rows} × {tokens} tokens, got shape {list(output.shape)}")
-        features = output.detach()[..., mixer.reader.columns(mixer.module)].reshape(rows, tokens, -1)
-        features = self.forward.selection(output.device).take(features).flatten(0, 1)
-        valid = None if self.valid is None else self.valid.to(output.device, non_blocking=True)
-        chunk = max(1, _CHUNK // mixer.module.A_log.shape[0])
-        for start in range(0, len(features), chunk):
-            part = slice(start, start + chunk)
-            rates = decay_rates(mixer, features[part])
-            counts = count_rates(rates, None if valid is None else valid[part])
+        features = output.detach()[..., mixer.reader.columns(mixer.module)].reshape(rows * tokens, -1)
+        if self.index is not None:
+            features = features.index_select(0, self.index.to(output.device, non_blocking=True))
+        rates = decay_rates(mixer, features).to(self.decay.device, non_blocking=True)
+        if self._rates and (
+            rates.shape != self._rates[0].shape
+            or len(self._rates) == _HELD_BLOCKS
+            or (len(self._rates) + 1) * rates.numel() > _HELD_RATES
+        ):
+            self.count()
+        self._rows.append(row)
+        self._rates.append(rates)
+
+    def count(self) -> None:
+        """Count the rates that are held."""
+        if self._rates:
+            counts = count_rates(torch.stack(self._rates), self.valid)
+            row = send_index(torch.tensor(self._rows, device="cpu"), self.decay.device)
             for total, count in zip((self.decay, self.memory, self.nonfinite), counts, strict=True):
-                total[row] += count.to(total.device, non_blocking=True)
+                total.index_add_(0, row, count.double())
+            self._rows, self._rates = [], []
 
 
 class DecayTaps:
@@ -146,7 +163,7 @@ class DecayTaps:
         stream: whose state-space blocks are read.
         skip_first: tokens left out at the start of every sequence.
         failed: called with an exception; nothing is read afterwards.
-        timed: measures what runs inside on a device.
+        choose: from (R, K) of what is captured to what is counted of it.
     """
 
     def __init__(
@@ -154,11 +171,11 @@ class DecayTaps:
         stream: ResidualStream,
         skip_first: int,
         failed: Callable[[Exception], None],
-        timed: Callable[[torch.device], AbstractContextManager[None]],
+        choose: Callable[[tuple[int, int]], Selection],
     ) -> None:
         self._rows = {index: row for row, index in enumerate(ssm_blocks(stream))}
         self._mixers = tuple(ssm_mixers(stream))
-        self._skip_first, self._failed, self._timed = skip_first, failed, timed
+        self._skip_first, self._failed, self._choose = skip_first, failed, choose
         self._counts: DecayCounts | None = None
 
     def hooks(self) -> list[tuple[Module, Callable[[Recording, Callable[[], Tensor]], None]]]:
@@ -171,7 +188,14 @@ class DecayTaps:
     def take(self, forward: CapturedForward) -> DecayCounts | None:
         """The counts of a forward that has ended; None if nothing of it was read."""
         counts, self._counts = self._counts, None
-        return counts if counts is not None and counts.forward.view is forward.states else None
+        if counts is None or counts.forward.view is not forward.states:
+            return None
+        try:
+            counts.count()
+        except Exception as error:
+            self._fail(error)
+            return None
+        return counts
 
     @torch.no_grad()
     def _read(self, mixers: dict[int, SsmMixer], forward: Recording, read: Callable[[], Tensor]) -> None:
@@ -180,28 +204,41 @@ class DecayTaps:
             return
         try:
             output = read()
-            with self._timed(output.device):
-                if self._counts is None or self._counts.forward is not forward:
-                    self._counts = DecayCounts.of(forward, len(self._rows), self._skip_first)
-                self._counts.add(self._rows[mixer.block], mixer, output)
+            if self._counts is None or self._counts.forward is not forward:
+                part = self._choose(forward.selection(forward.view.device).shape)
+                self._counts = DecayCounts.of(forward, len(self._rows), self._skip_first, part)
+            self._counts.add(self._rows[mixer.block], mixer, output)
         except Exception as error:
-            self._mixers, self._counts = (), None
-            self._failed(error)
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self._mixers, self._counts = (), None
+        self._failed(error)
 
 
-def _valid(forward: Recording, skip_first: int) -> Bool[Tensor, " N"] | None:
-    """Which of the sampled tokens count; None, all of them."""
-    mask, device = forward.mask, forward.view.device
+def _tokens(
+    forward: Recording, skip_first: int, part: Selection
+) -> tuple[Int64[Tensor, " N"] | None, Bool[Tensor, " N"] | None]:
+    """`index` and `valid` of `DecayCounts`."""
+    rows, tokens, _ = forward.shape
+    device = forward.view.device
+    selection, part = forward.selection(device), part.to(device)
+
+    def take(values: Tensor) -> Tensor:
+        return part.take(selection.take(values)).flatten()
+
+    index = None
+    if part.shape != (rows, tokens):
+        index = take(torch.arange(rows * tokens, device=device).view(rows, tokens))
+    mask = forward.mask
     if mask is None and not skip_first:
-        return None
+        return index, None
     if mask is None:
-        mask = torch.ones(forward.shape[:2], dtype=torch.bool, device=device)
+        mask = torch.ones(rows, tokens, dtype=torch.bool, device=device)
     mask = mask.to(device, non_blocking=True)
     if mask.is_floating_point():
         mask = mask > 0  # given with the step
-    if device.type != "cpu":
-        mask = mask != 0  # telling documents apart would wait for the device
     if skip_first:
         mask = without_first(mask, token_positions(mask), skip_first)
         assert mask is not None
-    return forward.selection(device).take(mask).flatten() != 0
+    return index, take(mask) != 0

@@ -38,9 +38,9 @@ def rate_edges() -> Float64[Tensor, " edges"]:
 
 
 def count_rates(
-    rates: Float32[Tensor, "N H"], valid: Bool[Tensor, " N"] | None = None
-) -> tuple[Int[Tensor, " bins"], Int[Tensor, " bins"], Int[Tensor, ""]]:
-    """Count the rates of N tokens in bins; waits for no GPU.
+    rates: Float32[Tensor, "*M N H"], valid: Bool[Tensor, " N"] | None = None
+) -> tuple[Int[Tensor, "*M bins"], Int[Tensor, "*M bins"], Int[Tensor, "*M"]]:
+    """Count the rates of N tokens in bins, for each of M blocks; waits for no GPU.
 
     Args:
         rates: r_{t,d} of every token and channel (or head), not negative.
@@ -53,9 +53,10 @@ def count_rates(
     slowest, fastest = rates.aminmax(dim=-1)
     finite = fastest < inf  # false for NaN, too
     counted = finite if valid is None else finite & valid
-    nonfinite = (~finite if valid is None else valid & ~finite).sum()
+    nonfinite = (~finite if valid is None else valid & ~finite).sum(-1)
     tokens = _count(torch.where(counted, _bins(slowest), 0))
-    return tokens, _count(torch.where(counted.unsqueeze(-1), _bins(rates), 0)), nonfinite
+    each = _count(torch.where(counted.unsqueeze(-1), _bins(rates), 0).flatten(-2))
+    return tokens, each, nonfinite
 
 
 def memory_quantiles(
@@ -117,12 +118,15 @@ def _quantiles(
 
 
 def _bins(rates: Float32[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-    """Numbers of the bins, from `_FIRST` on."""
-    return (rates.view(torch.int32) >> _SHIFT).clamp_(_FIRST, _FIRST + RATE_BINS - 1)
+    """Numbers of the bins, from 1 on."""
+    return (rates.view(torch.int32) >> _SHIFT).sub_(_FIRST - 1).clamp_(1, RATE_BINS)
 
 
-def _count(bins: Int[Tensor, "*shape"]) -> Int[Tensor, " bins"]:
-    """How often each bin occurs; 0 is none."""
-    if bins.device.type == "cuda":
-        return torch.histc(bins, RATE_BINS, _FIRST, _FIRST + RATE_BINS)  # bincount would wait for the largest
-    return torch.bincount(bins.flatten().sub(_FIRST - 1).clamp_(min=0), minlength=RATE_BINS + 1)[1:]
+def _count(bins: Int[Tensor, "*M n"]) -> Int[Tensor, "*M bins"]:
+    """How often each bin occurs in a row; 0 is none."""
+    width, rows = RATE_BINS + 1, bins.shape[:-1].numel()
+    first = width * torch.arange(rows, dtype=bins.dtype, device=bins.device)
+    place, size = (bins.view(rows, -1) + first.unsqueeze(1)).flatten(), rows * width
+    # On a GPU bincount would wait for the largest.
+    counts = torch.histc(place, size, 0, size) if bins.is_cuda else torch.bincount(place, minlength=size)
+    return counts.view(*bins.shape[:-1], width)[..., 1:]

@@ -71,7 +71,7 @@ def test_rates_are_those_of_the_scan(family: str, checkpointing: bool, monkeypat
         model.gradient_checkpointing_enable()
     scans, read = Scans(model, monkeypatch), []
     count = ssm.count_rates
-    monkeypatch.setattr(ssm, "count_rates", lambda rates, valid: (read.append(rates.double()), count(rates, valid))[1])
+    monkeypatch.setattr(ssm, "count_rates", lambda rates, valid: (read.extend(rates.double()), count(rates, valid))[1])
     mask = right_padding()
     snapshot = snapshot_of(model, (IDS, mask))
     assert snapshot.ssm_blocks == blocks and len(scans.rates) == len(read) == len(blocks)
@@ -120,6 +120,21 @@ def test_micro_batches_and_sampled_tokens(family: str, monkeypatch) -> None:
     assert_quantiles(monitor.latest, rates)
     counted = SumLayout(5, blocks).views(monitor.latest.sums)["ssm_decay_bins"].sum(-1)
     assert counted.tolist() == [monitor.latest.tokens] * each
+
+
+@pytest.mark.parametrize("held", [1, 40, 10**6])
+def test_a_budget_of_tokens_and_rates_that_are_held(held: int, monkeypatch) -> None:
+    """One of three rows is counted, the same in all blocks, however many blocks are counted together."""
+    monkeypatch.setattr(ssm, "_HELD_RATES", held)
+    model, blocks = build("Mamba"), MODELS["Mamba"][1]
+    scans = Scans(model, monkeypatch)
+    snapshot = snapshot_of(model, (IDS, right_padding()), ssm_tokens=12)
+    counted = SumLayout(5, blocks).views(snapshot.sums)["ssm_decay_bins"].sum(-1)
+    (row,) = [row for row, tokens in enumerate((12, 7, 2)) if counted.tolist() == [tokens] * len(blocks)]
+    valid = right_padding()[row] > 0
+    rates = {block: scan[row][valid] for block, scan in zip(blocks, scans.rates, strict=True)}
+    assert_quantiles(snapshot, rates)
+    assert snapshot.tokens == 21
 
 
 @pytest.mark.usefixtures("untyped")

@@ -60,3 +60,11 @@ def test_counts_of_parts_add_up() -> None:
     parts = [count_rates(part) for part in rates.split(7)]
     for whole, *pieces in zip(count_rates(rates), *parts, strict=True):
         assert torch.equal(whole, torch.stack(pieces).sum(0))
+
+
+def test_several_blocks_at_once() -> None:
+    rates = torch.exp(3 * torch.randn(4, 50, 3) - 3)
+    rates[1, 7, 2] = torch.inf
+    valid = torch.rand(50) < 0.7
+    for together, *alone in zip(count_rates(rates, valid), *(count_rates(row, valid) for row in rates), strict=True):
+        assert torch.equal(together, torch.stack(alone))
