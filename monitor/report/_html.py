@@ -5,8 +5,30 @@ from html import escape
 
 import numpy as np
 
-from repflow.monitor.report._figures import KIND_COLORS, OTHER_KIND_COLOR, kind_letter
+from repflow.monitor.report._definitions import DEFINITIONS, Definition, definition_rows
+from repflow.monitor.report._kinds import KIND_COLORS, OTHER_KIND_COLOR, kind_letter
 from repflow.monitor.report._runs import Run
+
+
+def math_text(title: str) -> str:
+    """Plain text as HTML, `V_loc` and `V_glob` with their subscripts."""
+    return escape(title).replace("V_loc", "V<sub>loc</sub>").replace("V_glob", "V<sub>glob</sub>")
+
+
+def definitions(names: Iterable[str]) -> str:
+    """The definitions of quantities, each behind a button of its own."""
+    return f'<div class="definitions">{"".join(_definition(name, DEFINITIONS[name]) for name in names)}</div>'
+
+
+def _definition(name: str, definition: Definition) -> str:
+    rows = "".join(
+        f"<dt>{label}</dt><dd>{text.replace('V_loc', 'V<sub>loc</sub>').replace('V_glob', 'V<sub>glob</sub>')}</dd>"
+        for label, text in definition_rows(definition)
+    )
+    return (
+        f'<details id="define-{name}"><summary><span>Definition</span>: {math_text(definition.title)}</summary>'
+        f"<dl>{rows}</dl></details>"
+    )
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -24,7 +46,7 @@ def run_name(run: Run) -> str:
 
 def run_mark(run: Run) -> str:
     """The run's line style: more runs than there are colours differ in their dashes."""
-    return _line_sample(run.color, run.dash)
+    return _line_sample(run.color, "longdash" if run.baseline else run.dash)
 
 
 def swatch(color: str, letter: str = "") -> str:
@@ -46,6 +68,15 @@ def kinds_legend(runs: Iterable[Run]) -> str:
 def runs_legend(runs: Iterable[Run]) -> str:
     """The line styles of the runs."""
     items = (f"<span>{run_mark(run)}<span>{escape(run.label)}</span></span>" for run in runs)
+    return f'<span class="legend">{"".join(items)}</span>'
+
+
+def frame_legend(runs: Iterable[Run], baselines: Sequence[Run], *, untrained: bool) -> str:
+    """The line styles of the runs, of curves from before training and of baselines."""
+    items = [f"<span>{run_mark(run)}<span>{escape(run.label)}</span></span>" for run in runs]
+    if untrained:
+        items.append(f"<span>{_line_sample('currentColor', 'dot', 1.5)}<span>step 0</span></span>")
+    items += [f"<span>{run_mark(run)}<span>{escape(run.label)} (baseline)</span></span>" for run in baselines]
     return f'<span class="legend">{"".join(items)}</span>'
 
 
@@ -87,7 +118,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _line_sample(color: str, dash: str, width: float = 2, opacity: float = 1.0) -> str:
-    pattern = {"dash": "8 4", "dot": "2 3", "dashdot": "8 3 2 3"}.get(dash, "none")
+    pattern = {"dash": "8 4", "dot": "2 3", "dashdot": "8 3 2 3", "longdash": "12 4"}.get(dash, "none")
     return (
         '<svg class="line" width="28" height="8" aria-hidden="true">'
         f'<path d="M0 4H28" stroke="{color}" stroke-width="{width}" stroke-dasharray="{pattern}" opacity="{opacity}"/>'

@@ -13,7 +13,7 @@ import pytest
 
 from repflow.monitor import RepflowWarning
 from repflow.monitor.report import write_report
-from repflow.monitor.report._figures import KIND_COLORS
+from repflow.monitor.report._kinds import KIND_COLORS
 from repflow.monitor.report._page import script_json
 
 VOID = {"meta", "link", "input", "br", "path"}
