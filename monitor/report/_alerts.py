@@ -16,14 +16,14 @@ from repflow.monitor.report._runs import Run
 MAX_LISTED = 100
 """Most alerts in the page's list."""
 SEVERITIES = {
-    "error": ("x", "#dd4b4b", "✕"),
+    "error": ("diamond", "#dd4b4b", "◆"),
     "warning": ("triangle-down", "#d98200", "▼"),
     "info": ("circle", "#3b7dbf", "●"),
 }
 """Marker, colour and sign of each severity, the worst first."""
 
-_ABOVE = 1.04
-"""Place of a marker above a plot, whose top is 1."""
+_ABOVE = -8
+"""Distance of a marker from the top of a plot, downwards. Unit: pixels."""
 _HOVER_WIDTH = 56
 _ROW_HEIGHT = 34
 
@@ -66,7 +66,9 @@ def marked(figure: Figure, runs: Sequence[Run]) -> Figure:
     found = [(run, alert) for run in runs for alert in alerts_of(run.data) or ()]
     if not found:
         return figure
-    trace = _markers(found, [_ABOVE] * len(found)) | {"yaxis": "y2"}
+    trace = _markers(found, [1.0] * len(found)) | {"yaxis": "y2"}
+    # Plotly leaves out what lies beyond the range of an axis: the markers stand at its end, and are moved up.
+    trace["marker"] |= {"standoff": _ABOVE, "angle": 0}
     hidden = {"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True}
     return {**figure, "data": [*figure["data"], trace], "layout": {**figure["layout"], "yaxis2": hidden}}
 
@@ -74,7 +76,7 @@ def marked(figure: Figure, runs: Sequence[Run]) -> Figure:
 def timeline(runs: Sequence[Run], step_range: tuple[float, float]) -> Figure:
     """One row per run, one marker per alert."""
     rows = [(row, run, alert) for row, run in enumerate(runs) for alert in alerts_of(run.data) or ()]
-    trace = _markers([(run, alert) for _, run, alert in rows], [row for row, _, _ in rows])
+    trace = _markers([(run, alert) for _, run, alert in rows], [float(row) for row, _, _ in rows])
     names = [plotly_text(run.label if len(run.label) <= 24 else f"{run.label[:23]}…") for run in runs]
     y_axis = {
         "title": {"text": ""},

@@ -122,7 +122,7 @@ def quantile_bars(run: Run, name: str, *, label: str, unit: str, y_axis: Figure)
 def compared_curves(title: str, **compare: str) -> Figure:
     """Frame of a difference of curves; the script knows the runs, and so the axes."""
     trace = {"type": "scatter", "mode": "lines+markers", "x": [], "y": [], "marker": {"size": 4}}
-    y_axis = {"title": {"text": title}, "zeroline": True, "exponentformat": "e"}
+    y_axis = {"title": {"text": title}, "zeroline": True, "exponentformat": "e", "automargin": True}
     return {"data": [trace], "layout": layout({"title": {"text": ""}}, y_axis), "compare": compare}
 
 

@@ -28,7 +28,6 @@ def frames(run: Run) -> dict[str, Any]:
     indices = frame_indices(run)
     bins = position_bins(run, indices)
     return {
-        "label": run.label,
         "depth": run.depth,
         "estimator": str(run.data.attrs["cka_estimator"]),
         "steps": run.steps[indices].tolist(),

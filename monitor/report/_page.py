@@ -133,7 +133,7 @@ def _group(section: Section, place: int, group: Group, figures: dict[str, Any]) 
     panels = "".join(
         _panel(f"{section.id}-{place}-{number}", title, panel, figures) for number, panel in enumerate(group.panels)
     )
-    return f'{legend}{note}<div class="panels">{panels}</div>'
+    return f'<div class="group">{legend}{note}<div class="panels">{panels}</div></div>'
 
 
 def _slider(steps: Sequence[int]) -> str:

@@ -67,7 +67,7 @@ class Run:
     @property
     def untrained(self) -> bool:
         """Whether the first snapshot is of step 0, before the first update."""
-        return len(self.steps) > 0 and self.steps[0] == 0
+        return bool(len(self.steps)) and int(self.steps[0]) == 0
 
     @cached_property
     def kinds(self) -> list[str]:

@@ -124,7 +124,7 @@ def _cka(runs: Sequence[Run]) -> Section:
     panels = [
         Panel(
             title=run.label,
-            detail=f"{run.data.attrs['cka_estimator']} estimator",
+            detail=f"{run.data.attrs['cka_estimator']} estimator{'' if _has_cka(run) else ', not measured'}",
             figure=cka_matrix(run, colors),
             run=run,
             follows=True,
@@ -147,6 +147,10 @@ def _cka(runs: Sequence[Run]) -> Section:
             )
         ],
     )
+
+
+def _has_cka(run: Run) -> bool:
+    return bool(np.isfinite(run.data["cka"].values[frame_indices(run)]).any())
 
 
 def slider_steps(runs: Sequence[Run]) -> list[int]:

@@ -6,7 +6,10 @@ let runs = {};
 
 const root = document.documentElement;
 const config = { responsive: true, displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]] };
-const idle = window.requestIdleCallback ?? ((work) => setTimeout(() => work({ timeRemaining: () => 0 })));
+const idle = (work) =>
+  window.requestIdleCallback
+    ? requestIdleCallback(work, { timeout: 300 })
+    : setTimeout(() => work({ timeRemaining: () => 0 }));
 
 /** A colour of the page, by its name in the style sheet. */
 function color(name) {
