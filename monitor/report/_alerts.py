@@ -22,8 +22,8 @@ SEVERITIES = {
 }
 """Marker, colour and sign of each severity, the worst first."""
 
-_ABOVE = -8
-"""Distance of a marker from the top of a plot, downwards. Unit: pixels."""
+_NEAR_TOP = 0.96
+"""Place of a marker in a plot of height 1: within it, since Plotly answers to no pointer outside."""
 _HOVER_WIDTH = 56
 _ROW_HEIGHT = 34
 
@@ -62,13 +62,11 @@ def _alert(raw: Mapping[str, Any]) -> Alert:
 
 
 def marked(figure: Figure, runs: Sequence[Run]) -> Figure:
-    """`figure`, whose horizontal axis is of steps, with a marker above the plot for each alert of the runs."""
+    """`figure`, whose horizontal axis is of steps, with a marker at the top of the plot for each alert of the runs."""
     found = [(run, alert) for run in runs for alert in alerts_of(run.data) or ()]
     if not found:
         return figure
-    trace = _markers(found, [1.0] * len(found)) | {"yaxis": "y2"}
-    # Plotly leaves out what lies beyond the range of an axis: the markers stand at its end, and are moved up.
-    trace["marker"] |= {"standoff": _ABOVE, "angle": 0}
+    trace = _markers(found, [_NEAR_TOP] * len(found)) | {"yaxis": "y2"}
     hidden = {"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True}
     return {**figure, "data": [*figure["data"], trace], "layout": {**figure["layout"], "yaxis2": hidden}}
 
@@ -105,7 +103,12 @@ def _markers(found: Sequence[tuple[Run, Alert]], heights: Sequence[float]) -> Fi
         "x": [alert.step for _, alert in found],
         "y": list(heights),
         "cliponaxis": False,
-        "marker": {"symbol": [symbol for symbol, _, _ in looks], "color": [color for _, color, _ in looks], "size": 10},
+        "marker": {
+            "symbol": [symbol for symbol, _, _ in looks],
+            "color": [color for _, color, _ in looks],
+            "size": 11,
+            "line": {"width": 1},
+        },
         "customdata": [_hover(run, alert) for run, alert in found],
         "hovertemplate": "%{customdata}<extra></extra>",
     }
@@ -141,7 +144,7 @@ def alerts_table(runs: Sequence[Run]) -> str:
     ]
     rest = len(found) - MAX_LISTED
     more = f'<p class="note">Left out of the list: {rest:,} more.</p>' if rest > 0 else ""
-    return table(["severity", "step", "run", "what was found", "what to do"], rows) + more
+    return table("Alerts", ["severity", "step", "run", "what was found", "what to do"], rows) + more
 
 
 def _severity(alert: Alert) -> str:

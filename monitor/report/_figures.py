@@ -54,7 +54,7 @@ def depth_heatmap(
         "hoverongaps": False,
         "hovertemplate": f"step %{{x}}<br>%{{customdata}}<br>{label} %{{z:.4~g}}<extra></extra>",
     }
-    plain = layout(step_axis(step_range), depth_axis(run, over), gaps=True, top=18, right=24)
+    plain = layout(step_axis(step_range), depth_axis(run, over), gaps=True, right=24)
     add_kind_strip(plain, run, over, along="y")
     return {"data": [trace], "layout": plain}
 
@@ -113,7 +113,7 @@ def step_curves(
                 "hovertemplate": "%{fullData.name}<br>step %{x}<br>%{meta.label} %{y:.5~g}%{meta.unit}<extra></extra>",
             }
         )
-    return {"data": traces, "layout": layout(step_axis(step_range), y_axis, top=18)}
+    return {"data": traces, "layout": layout(step_axis(step_range), y_axis)}
 
 
 def with_gaps(steps: NDArray[np.int64], columns: Floats, width: int) -> tuple[NDArray[np.int64], Floats]:

@@ -108,15 +108,15 @@ def color_legend(color_range: tuple[float, float], label: str, *, clipped: bool 
     )
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose cells are HTML already; the first cell of a row is its header."""
+def table(name: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose cells are HTML already, the first cell of a row its header; `name` is read out, not shown."""
     header = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = "".join(
         f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>' for first, *rest in rows
     )
     # Focusable, so that a table that is too wide can be scrolled by keys.
     content = f"<thead><tr>{header}</tr></thead><tbody>{body}</tbody>"
-    return f'<div class="scroll" tabindex="0"><table>{content}</table></div>'
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(name)}"><table>{content}</table></div>'
 
 
 def _line_sample(color: str, dash: str, width: float = 2, opacity: float = 1.0) -> str:

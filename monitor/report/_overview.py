@@ -96,7 +96,7 @@ def summary_table(runs: Sequence[Run]) -> str:
         cells += [_change(run, run.values(name)) for name in ("v_loc", "v_glob")]
         cells.append(_change(run, run.values("cka")[:, 0, -1]))
         rows.append([run_name(run), *cells])
-    return table(head, rows)
+    return table("First and last values", head, rows)
 
 
 def _loss_change(run: Run) -> str:
@@ -141,7 +141,7 @@ def health_table(runs: Sequence[Run]) -> str:
                 *_overhead(run),
             ]
         )
-    return table(head, rows)
+    return table("Health of the runs", head, rows)
 
 
 def _count(run: Run, name: str) -> str:

@@ -12,7 +12,7 @@ SUMMARY = """
 """
 
 ALERTS = """
-<p>What the monitor’s rules found while it measured. Marks above the axes of steps are the same alerts.</p>
+<p>What the monitor’s rules found while it measured. Marks at the top of plots over steps are the same alerts.</p>
 """
 NO_ALERTS = """
 <p>None: no rule was violated in any snapshot.</p>

@@ -44,6 +44,12 @@ function themed({ layout }, element) {
   };
 }
 
+/** A trace in the page's colours: outlines of markers. */
+function outlined(trace) {
+  const line = trace.marker?.line;
+  return line ? { ...trace, marker: { ...trace.marker, line: { ...line, color: color("page") } } } : trace;
+}
+
 /** Heatmaps carry one label per row or per column; hovering wants one per cell. */
 function labelCells(trace) {
   if (trace.type !== "heatmap") return;
@@ -60,7 +66,7 @@ function draw(plot) {
   element.hidden = !filled;
   if (!filled) return;
   figure.data.forEach(labelCells);
-  Plotly[plot.drawn ? "react" : "newPlot"](element, figure.data, themed(figure, element), config);
+  Plotly[plot.drawn ? "react" : "newPlot"](element, figure.data.map(outlined), themed(figure, element), config);
   plot.drawn = true;
 }
 

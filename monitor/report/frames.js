@@ -56,7 +56,6 @@ const fillers = {
     thick.text = median.map(
       (_, block) => `${range("half of all", low, high, block)}<br>${range("nine tenths", lowest, highest, block)}`,
     );
-    thick.marker = { ...thick.marker, line: { width: 1.5, color: color("page") } };
     return run.steps[index];
   },
 };

@@ -6,6 +6,8 @@ document.getElementById("theme").value = repflowTheme.get();
 document.addEventListener("theme", () => outdate());
 document.addEventListener("input", ({ target }) => {
   if (target.id === "step") showStep();
+});
+document.addEventListener("change", ({ target }) => {
   if (target.id === "theme") repflowTheme.set(target.value);
   if (target.id?.startsWith("compare-")) outdate(({ figure }) => figure.compare);
 });

@@ -12,7 +12,7 @@ from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
-from selenium.webdriver.support.ui import WebDriverWait
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 FLAGS = (
     "--headless",
@@ -90,6 +90,14 @@ class Browser:
     def one(self, selector: str) -> WebElement:
         """The first element that a selector finds."""
         return self.driver.find_element(By.CSS_SELECTOR, selector)
+
+    def choose(self, selector: str, text: str) -> None:
+        """Choose an entry of a list, and wait until the figures have followed."""
+        entries = self.one(selector)
+        self.run("window.chose = false; arguments[0].addEventListener('change', () => (window.chose = true))", entries)
+        Select(entries).select_by_visible_text(text)
+        self.wait("return window.chose")
+        self.drawn()
 
     def hover(self, selector: str) -> str:
         """What the figure says when the pointer rests on the middle of an element."""
