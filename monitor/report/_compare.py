@@ -10,9 +10,9 @@ from repflow.monitor.report._runs import Run
 
 _OVER_DEPTH = {
     "inter_token": "Inter-token similarity",
-    "update_inter_token": "Inter-token similarity of updates",
+    "update_inter_token": "Similarity of updates",
     "adjacent": "Adjacent-layer similarity",
-    "norms": "Norm, in units of the stream",
+    "norms": "Norm, stream units",
 }
 _OVER_STEPS = {"v_loc_rel": "V_loc / RMS", "v_glob_rel": "V_glob / RMS"}
 

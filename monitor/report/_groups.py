@@ -135,10 +135,9 @@ def compared_over_depth(
     curves = curves_over_depth(runs, lambda run: run.values(name), over=over, label=label, axis=axis, unit=unit)
     overlay = depth_overlay(runs, baselines, name, over=over, label=label, unit=unit, y_axis=axis)
     title = "All runs" if len(runs) > 1 else "Chosen step"
-    legend = frame_legend(runs, baselines, untrained=any(run.untrained for run in runs))
     return Group(
         name=curves.name,
-        legend=legend + curves.legend,
+        legend=frame_legend(runs, baselines) + curves.legend,
         panels=[Panel(title=title, figure=overlay, follows=True), *curves.panels],
         note=note,
     )

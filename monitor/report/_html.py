@@ -71,11 +71,9 @@ def runs_legend(runs: Iterable[Run]) -> str:
     return f'<span class="legend">{"".join(items)}</span>'
 
 
-def frame_legend(runs: Iterable[Run], baselines: Sequence[Run], *, untrained: bool) -> str:
-    """The line styles of the runs, of curves from before training and of baselines."""
+def frame_legend(runs: Iterable[Run], baselines: Iterable[Run]) -> str:
+    """The line styles of the runs and of baselines."""
     items = [f"<span>{run_mark(run)}<span>{escape(run.label)}</span></span>" for run in runs]
-    if untrained:
-        items.append(f"<span>{_line_sample('currentColor', 'dot', 1.5)}<span>step 0</span></span>")
     items += [f"<span>{run_mark(run)}<span>{escape(run.label)} (baseline)</span></span>" for run in baselines]
     return f'<span class="legend">{"".join(items)}</span>'
 

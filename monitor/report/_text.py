@@ -69,7 +69,7 @@ COMPARE_DEPTHS = """
 of A; matrices have no places in common and cannot be compared.</p>
 """
 
-START = """The dotted curves are those before the first update (step 0), each in its run’s colour: random initialisation
-where a run was trained from scratch, which a run file does not tell."""
+START = """Dotted curves of step 0 are from before the first update: random initialisation where a run was trained from
+scratch, which a run file does not tell."""
 NO_START = """No run holds step 0, so that there is no curve from before training."""
 BASELINE = """Grey: baselines given beside the runs, each at its first snapshot."""

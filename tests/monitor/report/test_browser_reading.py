@@ -218,7 +218,7 @@ def test_alerts_are_listed_and_marked_over_steps(browser: Browser, write_run, tm
     assert len(browser.all(f"#alerts-0-0 {marks}")) == 2
     assert len(browser.all("#inter-token-0-0 .scatterlayer .point")) == 2
     assert len(browser.all("#inter-token-0-1 .scatterlayer .point")) == 0  # b has none
-    for place in ("#alerts-0-0", "#inter-token-0-0", "#loss-0-0"):
+    for place in ("#alerts-0-0", "#inter-token-0-0 .xy2", "#loss-0-0 .xy2"):
         text = browser.hover(f"{place} {marks}:last-of-type")
         expected = ("Tokens collapse", "error in a, step 20", "rose to 0.85", "Lower the learning rate.")
         assert not [part for part in expected if part not in text], text
