@@ -137,7 +137,7 @@ def alerts_table(runs: Sequence[Run]) -> str:
             _severity(alert),
             f"{alert.step:,}",
             run_name(run),
-            f"<strong>{escape(alert.title)}</strong><br>{escape(alert.message)}",
+            f"<strong>{escape(alert.title)}</strong><br>{escape(alert.message)}<small>{escape(_where(alert))}</small>",
             escape(alert.suggestion),
         ]
         for run, alert in found[:MAX_LISTED]
@@ -145,6 +145,12 @@ def alerts_table(runs: Sequence[Run]) -> str:
     rest = len(found) - MAX_LISTED
     more = f'<p class="note">Left out of the list: {rest:,} more.</p>' if rest > 0 else ""
     return table("Alerts", ["severity", "step", "run", "what was found", "what to do"], rows) + more
+
+
+def _where(alert: Alert) -> str:
+    """The rule, by which it is configured, and the states or blocks that it names."""
+    places = ", ".join(map(str, alert.states))
+    return f"{alert.signature}; at {places}" if places else alert.signature
 
 
 def _severity(alert: Alert) -> str:

@@ -51,14 +51,16 @@ def compare_section(runs: Sequence[Run]) -> Section | None:
 def _choice(runs: Sequence[Run]) -> str:
     """Two lists of the runs, the first and the second chosen."""
 
-    def options(chosen: int) -> str:
+    def options(name: str, chosen: int) -> str:
+        # With ids, so that a choice outlives a run that comes later and stands before it.
         return "".join(
-            f'<option value="{run.index}"{" selected" if place == chosen else ""}>{escape(run.label)}</option>'
+            f'<option id="compare-{name}-{run.index}" value="{run.index}"{" selected" if place == chosen else ""}>'
+            f"{escape(run.label)}</option>"
             for place, run in enumerate(runs)
         )
 
     lists = (
-        f'<label for="compare-{name}">Run {name}</label><select id="compare-{name}">{options(place)}</select>'
+        f'<label for="compare-{name}">Run {name}</label><select id="compare-{name}">{options(name, place)}</select>'
         for place, name in enumerate("AB")
     )
     return f'<p class="controls">{"<span>−</span>".join(lists)}</p>'

@@ -76,13 +76,16 @@ function fill({ element, figure }) {
   return true;
 }
 
-/** Shows the step at which the slider stands. */
+/** Shows the step at which the slider stands in the figures that follow it. */
 function showStep() {
+  readSlider();
+  outdate(({ figure }) => figure.frame ?? figure.compare);
+}
+
+function readSlider() {
   const slider = document.getElementById("step");
   if (!slider) return;
-  const steps = JSON.parse(slider.dataset.steps);
-  chosen = steps[Number(slider.value)];
+  chosen = JSON.parse(slider.dataset.steps)[Number(slider.value)];
   document.getElementById("shown-step").textContent = stepText(chosen);
   slider.setAttribute("aria-valuetext", stepText(chosen));
-  outdate(({ figure }) => figure.frame ?? figure.compare);
 }

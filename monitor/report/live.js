@@ -1,6 +1,9 @@
 const EVERY_MS = 1000;
 
-/** Makes `from` like `to`, and keeps what can be kept: scroll, focus, the slider, open definitions, drawn figures. */
+/**
+ * Makes `from` like `to`, and keeps what can be kept: scroll, focus, the slider, drawn figures. Attributes that `to`
+ * lacks stay, too: the reader has opened definitions, and the slider says its step.
+ */
 function morph(from, to) {
   if (from.nodeType !== Node.ELEMENT_NODE) {
     if (from.data !== to.data) from.data = to.data;
@@ -43,11 +46,11 @@ function update({ version, title, body, data }) {
   next.innerHTML = body;
   next.dataset.version = version;
   morph(content, next);
-  document.title = `repflow: ${title}`;
+  document.title = `repflow report: ${title}`;
   adopt(data);
   const moved = document.getElementById("step");
   if (moved) moved.value = follows ? moved.max : nearest(JSON.parse(moved.dataset.steps), chosen);
-  showStep();
+  readSlider();
   outdate();
 }
 

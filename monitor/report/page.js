@@ -1,5 +1,5 @@
 adopt(JSON.parse(document.getElementById("data").textContent));
-showStep();
+readSlider();
 outdate();
 
 document.getElementById("theme").value = repflowTheme.get();
