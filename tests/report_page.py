@@ -39,6 +39,8 @@ the keyboard alone. `repflow report` and `repflow watch` show the same figures. 
   in grey.
 - **A − B** takes two runs apart: curves and matrices where both have as many blocks, else curves over relative depth,
   B interpolated linearly. CKA of different estimators is not compared.
+- **With the keyboard**, Tab goes from the slider to the lists, the definitions and the figures; in a figure the arrow
+  keys go from point to point, and what hovering shows is shown and read out.
 - **Definition** beside each heading opens what is said below.
 - **Long runs are thinned**, which the page says where it does so: 300 columns of a heatmap and 2,000 points of a
   curve per run (largest values where outliers matter, else single snapshots), 30 steps of the slider.

@@ -22,7 +22,7 @@ from repflow.monitor.report._runs import Run
 from repflow.monitor.report._sections import build_sections, slider_steps
 
 _RUNS = Section(id="runs", title="Runs", text="", groups=())
-_SCRIPTS = ("draw.js", "frames.js", "compare.js", "live.js", "page.js")
+_SCRIPTS = ("draw.js", "frames.js", "compare.js", "keys.js", "live.js", "page.js")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +154,9 @@ def _panel(identity: str, title: str, panel: Panel, figures: dict[str, Any]) -> 
     detail = f" <small>{escape(panel.detail)}</small>" if panel.detail else ""
     shown = ' <output class="shown" data-keep></output>' if panel.follows else ""
     height = panel.figure["layout"]["height"]
+    attributes = f'id="{identity}" tabindex="0" role="img" aria-label="{label}" style="height:{height}px"'
     return (
         f"<figure><figcaption>{mark}<span>{math_text(panel.title)}{detail}{shown}</span></figcaption>"
-        f'<div class="plot" data-keep role="img" aria-label="{label}" id="{identity}" style="height:{height}px"></div>'
+        f'<div class="plot" data-keep {attributes}></div>'
         "</figure>"
     )

@@ -4,7 +4,8 @@ PAGE = """
 <p>Token representations of a language model, followed through its depth while it trained.
 <strong>State</strong> <var>h</var><sup>(0)</sup> enters block 0, state <var>h</var><sup>(<var>l</var>+1)</sup> leaves
 block <var>l</var>. Panels of one row share their scales, and each spans its run’s whole depth. Grey, or a gap in a
-curve: nothing was measured there. Hover for values, drag to zoom, double-click to zoom out.</p>
+curve: nothing was measured there. Hover for values, or go to a figure with Tab and use the arrow keys; drag to zoom,
+double-click to zoom out.</p>
 """
 
 SUMMARY = """

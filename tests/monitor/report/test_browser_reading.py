@@ -83,6 +83,30 @@ def test_whatever_takes_the_focus_has_a_name(opened: Browser):
     assert "CKA of every pair of states (biased and unbiased estimator), chosen step: a" in figures
 
 
+SHOWN = "return document.querySelector('.hoverlayer .hovertext')?.textContent"
+
+
+KEYS = {"→": Keys.ARROW_RIGHT, "↑": Keys.ARROW_UP, "↓": Keys.ARROW_DOWN}
+PATHS = {
+    ("cka-0-0", "→↑→↑↑↑↑"): "state 3, after block 2, ssm, layers.2, compared with state 1, CKA ",
+    ("adjacent-1-0", "→↓→"): "block 1, mlp, layers.1, position 0.02 of the sequence, cosine ",
+    ("inter-token-0-1", "→→→→"): "step 40, state 0, input of block 0, inter-token similarity ",
+    ("variation-0-0", "→↑→"): "b, step 10, V_loc 0.2 stream units",
+    ("compare-0-0", "→→"): "A at step 20, B at step 40, state 1, A 0.3167, B 0.1583, A − B 0.1583",
+}
+
+
+def test_the_values_of_figures_are_reached_by_keys(opened: Browser):
+    for (figure, keys), expected in PATHS.items():
+        plot = opened.one(f"#{figure}")
+        plot.send_keys("".join(KEYS[key] for key in keys))
+        opened.wait("return document.getElementById('said').textContent.startsWith(arguments[0])", expected)
+        assert opened.run(SHOWN)
+        assert "without an outline" not in focused(opened)
+        plot.send_keys(Keys.TAB)
+        assert not opened.run(SHOWN)
+
+
 def test_a_definition_is_one_click_or_key_away(opened: Browser):
     definition = opened.one("#define-cka")
     assert not opened.one("#define-cka dl").is_displayed()
