@@ -135,31 +135,62 @@ def demo(
     raise typer.Exit(result.exit_code)
 
 
+_Runs = Annotated[
+    list[Path], typer.Argument(parser=_path, metavar="RUN...", help="Run files, such as repflow-runs/NAME.db.")
+]
+_Baselines = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--baseline",
+        parser=_path,
+        metavar="RUN",
+        help="A run file whose first snapshot is drawn beside the runs: the same model with random weights, say. May "
+        "be given more than once.",
+    ),
+]
+
+
 @app.command()
 def report(
-    runs: Annotated[
-        list[Path], typer.Argument(parser=_path, metavar="RUN...", help="Run files, such as repflow-runs/NAME.db.")
-    ],
+    runs: _Runs,
     output: Annotated[
         Path, typer.Option("--output", "-o", parser=_path, metavar="PATH", help="The page to write.")
     ] = Path("report.html"),
+    baseline: _Baselines = None,
 ) -> None:
     """Write one HTML page that shows runs side by side; it opens without network. A run may still be under way."""
     with _without_traceback():
-        page = _write_report(runs, output)
+        page = _write_report(runs, output, baseline or [])
     typer.echo(page)
 
 
-def _write_report(runs: Sequence[Path], output: Path) -> Path:
+@app.command()
+def watch(
+    runs: _Runs,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 for any that is free.")] = 8714,
+    baseline: _Baselines = None,
+) -> None:
+    """Serve the page of `repflow report` on this machine, where it follows runs while they train. Ctrl-C ends it.
+
+    A run file need not exist yet. Where training runs on another machine, an SSH tunnel brings the page to this one:
+    ssh -L 8714:127.0.0.1:8714 MACHINE
+    """
+    with _without_traceback():
+        from repflow.monitor.report import watch_runs
+
+        watch_runs(runs, port=port, baselines=baseline or [], announce=typer.echo)
+
+
+def _write_report(runs: Sequence[Path], output: Path, baselines: Sequence[Path]) -> Path:
     from repflow.monitor.report import write_report
 
     if output.is_dir():
         raise IsADirectoryError(f"--output: expected a file to write, and {output} is a folder")
-    if output.resolve() in {run.resolve() for run in runs}:
+    if output.resolve() in {run.resolve() for run in (*runs, *baselines)}:
         raise FileExistsError(f"--output: expected a page to write, and {output} is one of the run files")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
-        page = write_report(runs, output)
+        page = write_report(runs, output, baselines=baselines)
     for warning in caught:
         typer.echo(warning.message, err=True)
     return page

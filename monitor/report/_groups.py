@@ -6,9 +6,11 @@ from html import escape
 
 import numpy as np
 
+from repflow.monitor.report._alerts import marked
 from repflow.monitor.report._axes import Figure, Floats, value_axis
 from repflow.monitor.report._figures import depth_curves, step_curves
-from repflow.monitor.report._html import color_legend, kinds_legend, order_legend
+from repflow.monitor.report._frame_figures import depth_overlay
+from repflow.monitor.report._html import color_legend, frame_legend, kinds_legend, order_legend
 from repflow.monitor.report._runs import Run
 from repflow.monitor.report._thin import HEATMAP_COLUMNS, spread
 
@@ -27,6 +29,8 @@ class Panel:
     """Plain text after the title, in lighter type."""
     run: Run | None = None
     """The run, where the panel shows one alone."""
+    follows: bool = False
+    """Whether the figure follows the slider; the page then says which step it shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +45,6 @@ class Group:
     """In the order of the runs, or of the quantities."""
     note: str = ""
     """HTML below the legend: what was left out."""
-    slider: Sequence[int] = ()
-    """Steps that one slider runs through."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +56,13 @@ class Section:
     title: str
     """Plain text."""
     text: str
-    """Definition and reading, HTML."""
+    """How to read it, HTML."""
+    short: str = ""
+    """The title in the list of sections, where it is another one."""
     groups: Sequence[Group]
     """Below the text."""
+    defines: Sequence[str] = ()
+    """Names of the quantities whose definitions stand between text and groups."""
     extra: str = ""
     """HTML below the groups."""
 
@@ -76,7 +82,7 @@ def heatmaps(
         Panel(
             title=run.label,
             detail="" if np.isfinite(part).any() else "not measured",
-            figure=figure,
+            figure=marked(figure, [run]),
             run=run,
         )
         for run, figure, part in zip(runs, figures, values, strict=True)
@@ -90,13 +96,23 @@ def heatmaps(
     )
 
 
-def curves_over_depth(runs: Sequence[Run], name: str, label: str, axis: Figure) -> Group:
-    """Per run, the curves of a few snapshots over states."""
+def curves_over_depth(
+    runs: Sequence[Run],
+    values_of: Callable[[Run], Floats],
+    *,
+    over: str,
+    label: str,
+    axis: Figure,
+    unit: str = "",
+) -> Group:
+    """Per run, the curves of a few snapshots over states or blocks."""
     panels = [
         Panel(
             title=run.label,
             detail=f"{'steps' if len(run.steps) > 1 else 'step'} {_listed(run)}",
-            figure=depth_curves(run, name, label=label, y_axis=axis, chosen=chosen(run)),
+            figure=depth_curves(
+                run, values_of(run), over=over, label=label, unit=unit, y_axis=axis, chosen=chosen(run)
+            ),
             run=run,
         )
         for run in runs
@@ -104,19 +120,45 @@ def curves_over_depth(runs: Sequence[Run], name: str, label: str, axis: Figure) 
     return Group(name="curves over depth", legend=order_legend() + kinds_legend(runs), panels=panels)
 
 
+def compared_over_depth(
+    runs: Sequence[Run],
+    baselines: Sequence[Run],
+    name: str,
+    *,
+    over: str,
+    label: str,
+    axis: Figure,
+    unit: str = "",
+    note: str = "",
+) -> Group:
+    """The curves of each run over depth, behind one figure of all runs at the chosen step."""
+    curves = curves_over_depth(runs, lambda run: run.values(name), over=over, label=label, axis=axis, unit=unit)
+    overlay = depth_overlay(runs, baselines, name, over=over, label=label, unit=unit, y_axis=axis)
+    title = "All runs" if len(runs) > 1 else "Chosen step"
+    return Group(
+        name=curves.name,
+        legend=frame_legend(runs, baselines) + curves.legend,
+        panels=[Panel(title=title, figure=overlay, follows=True), *curves.panels],
+        note=note,
+    )
+
+
 def over_steps(
     runs: Sequence[Run],
     values_of: Callable[[Run], Floats],
     title: str,
-    unit: str,
+    axis_title: str,
     steps: tuple[float, float],
     *,
+    unit: str = "",
     bounds: tuple[float, float] | None = None,
     reduce: str = "pick",
+    series: str = "",
 ) -> Panel:
-    axis = value_axis(unit, [values_of(run) for run in runs], bounds=bounds)
-    figure = step_curves(runs, values_of, label=title, y_axis=axis, step_range=steps, reduce=reduce)
-    return Panel(title=title, figure=figure)
+    """One value per snapshot of all runs over steps; `series` is what the comparison of runs finds it by."""
+    axis = value_axis(axis_title, [values_of(run) for run in runs], bounds=bounds)
+    figure = step_curves(runs, values_of, label=title, unit=unit, y_axis=axis, step_range=steps, reduce=reduce)
+    return Panel(title=title, figure=marked({**figure, "series": series}, runs))
 
 
 def chosen(run: Run) -> list[int]:

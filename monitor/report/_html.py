@@ -5,8 +5,30 @@ from html import escape
 
 import numpy as np
 
-from repflow.monitor.report._figures import KIND_COLORS, OTHER_KIND_COLOR, kind_letter
+from repflow.monitor.report._definitions import DEFINITIONS, Definition, definition_rows
+from repflow.monitor.report._kinds import KIND_COLORS, OTHER_KIND_COLOR, kind_letter
 from repflow.monitor.report._runs import Run
+
+
+def math_text(title: str) -> str:
+    """Plain text as HTML, `V_loc` and `V_glob` with their subscripts."""
+    return escape(title).replace("V_loc", "V<sub>loc</sub>").replace("V_glob", "V<sub>glob</sub>")
+
+
+def definitions(names: Iterable[str]) -> str:
+    """The definitions of quantities, each behind a button of its own."""
+    return f'<div class="definitions">{"".join(_definition(name, DEFINITIONS[name]) for name in names)}</div>'
+
+
+def _definition(name: str, definition: Definition) -> str:
+    rows = "".join(
+        f"<dt>{label}</dt><dd>{text.replace('V_loc', 'V<sub>loc</sub>').replace('V_glob', 'V<sub>glob</sub>')}</dd>"
+        for label, text in definition_rows(definition)
+    )
+    return (
+        f'<details id="define-{name}"><summary><span>Definition</span>: {math_text(definition.title)}</summary>'
+        f"<dl>{rows}</dl></details>"
+    )
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -24,7 +46,7 @@ def run_name(run: Run) -> str:
 
 def run_mark(run: Run) -> str:
     """The run's line style: more runs than there are colours differ in their dashes."""
-    return _line_sample(run.color, run.dash)
+    return _line_sample(run.color, "longdash" if run.baseline else run.dash)
 
 
 def swatch(color: str, letter: str = "") -> str:
@@ -46,6 +68,13 @@ def kinds_legend(runs: Iterable[Run]) -> str:
 def runs_legend(runs: Iterable[Run]) -> str:
     """The line styles of the runs."""
     items = (f"<span>{run_mark(run)}<span>{escape(run.label)}</span></span>" for run in runs)
+    return f'<span class="legend">{"".join(items)}</span>'
+
+
+def frame_legend(runs: Iterable[Run], baselines: Iterable[Run]) -> str:
+    """The line styles of the runs and of baselines."""
+    items = [f"<span>{run_mark(run)}<span>{escape(run.label)}</span></span>" for run in runs]
+    items += [f"<span>{run_mark(run)}<span>{escape(run.label)} (baseline)</span></span>" for run in baselines]
     return f'<span class="legend">{"".join(items)}</span>'
 
 
@@ -77,17 +106,19 @@ def color_legend(color_range: tuple[float, float], label: str, *, clipped: bool 
     )
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose cells are HTML already; the first cell of a row is its header."""
+def table(name: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose cells are HTML already, the first cell of a row its header; `name` is read out, not shown."""
     header = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = "".join(
         f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>' for first, *rest in rows
     )
-    return f'<div class="scroll"><table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>'
+    # Focusable, so that a table that is too wide can be scrolled by keys.
+    content = f"<thead><tr>{header}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(name)}"><table>{content}</table></div>'
 
 
 def _line_sample(color: str, dash: str, width: float = 2, opacity: float = 1.0) -> str:
-    pattern = {"dash": "8 4", "dot": "2 3", "dashdot": "8 3 2 3"}.get(dash, "none")
+    pattern = {"dash": "8 4", "dot": "2 3", "dashdot": "8 3 2 3", "longdash": "12 4"}.get(dash, "none")
     return (
         '<svg class="line" width="28" height="8" aria-hidden="true">'
         f'<path d="M0 4H28" stroke="{color}" stroke-width="{width}" stroke-dasharray="{pattern}" opacity="{opacity}"/>'

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from repflow.monitor.report._axes import Floats
 from repflow.monitor.report._html import number, run_name, table
+from repflow.monitor.report._kinds import kind_pattern
 from repflow.monitor.report._runs import Run
 
 _STATES = {
@@ -25,7 +26,8 @@ def run_card(run: Run) -> str:
     attrs = run.data.attrs
     facts = {
         "model": f"{escape(str(attrs['model_class']))}, {int(attrs['parameters']):,} parameters",
-        "blocks": f"{kinds}; {run.depth + 1} states of stream “{escape(str(attrs['stream']))}”",
+        "blocks": f"{kinds}, in the order {escape(kind_pattern(run.kinds))}; {run.depth + 1} states of stream "
+        f"“{escape(str(attrs['stream']))}”",
         "measured": _measured(run),
         "states": escape(_STATES.get(str(attrs["states"]), str(attrs["states"]))),
         "CKA": f"{escape(str(attrs['cka_estimator']))} estimator",
@@ -36,7 +38,7 @@ def run_card(run: Run) -> str:
     more = {**versions, **{f"config: {name}": value for name, value in run.config.items()}}
     rows = "".join(f"<dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd>" for name, value in more.items())
     return (
-        f"<article><h3>{run_name(run)}</h3><dl>{items}</dl>"
+        f"<article><h3>{run_name(run)}{' <small>baseline</small>' if run.baseline else ''}</h3><dl>{items}</dl>"
         f"<details><summary>versions and configuration</summary><dl>{rows}</dl></details></article>"
     )
 
@@ -94,7 +96,7 @@ def summary_table(runs: Sequence[Run]) -> str:
         cells += [_change(run, run.values(name)) for name in ("v_loc", "v_glob")]
         cells.append(_change(run, run.values("cka")[:, 0, -1]))
         rows.append([run_name(run), *cells])
-    return table(head, rows)
+    return table("First and last values", head, rows)
 
 
 def _loss_change(run: Run) -> str:
@@ -139,7 +141,7 @@ def health_table(runs: Sequence[Run]) -> str:
                 *_overhead(run),
             ]
         )
-    return table(head, rows)
+    return table("Health of the runs", head, rows)
 
 
 def _count(run: Run, name: str) -> str:

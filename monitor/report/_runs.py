@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +14,14 @@ from numpy.typing import NDArray
 
 from repflow.monitor.sinks.open_run import RunFileError, open_run
 
-RUN_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7b5ea7")
-"""Colours of runs in order (Okabe and Ito's, which colour-blind readers tell apart, and a violet)."""
+RUN_COLORS = ("#1f83c4", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8f6fc0")
+"""Colours of runs in order (Okabe and Ito's, which colour-blind readers tell apart, with a blue that also stands out on
+dark ground, and a violet)."""
 RUN_DASHES = ("solid", "dash", "dot", "dashdot")
 """Line styles: the next one is taken each time the colours are used up."""
+
+BASELINE_COLOR = "#8a8f94"
+"""Of all baselines, which stand beside the runs."""
 
 _OVER_STEPS = ("v_loc", "v_glob", "v_loc_rel", "v_glob_rel", "overhead_ms", "time", "tokens", "sequences")
 
@@ -32,6 +36,8 @@ class Run:
     """Place among the runs; decides colour and line style."""
     data: xr.Dataset
     """What `open_run` returned."""
+    baseline: bool = False
+    """Whether the run is shown by its first snapshot alone, beside the others."""
 
     @property
     def warnings(self) -> list[str]:
@@ -41,7 +47,7 @@ class Run:
     @property
     def color(self) -> str:
         """Colour of the run's curves."""
-        return RUN_COLORS[self.index % len(RUN_COLORS)]
+        return BASELINE_COLOR if self.baseline else RUN_COLORS[self.index % len(RUN_COLORS)]
 
     @property
     def dash(self) -> str:
@@ -57,6 +63,11 @@ class Run:
     def steps(self) -> NDArray[np.int64]:
         """The measured optimizer steps, ascending, [n]."""
         return self.data["step"].values.astype(np.int64)
+
+    @property
+    def untrained(self) -> bool:
+        """Whether the first snapshot is of step 0, before the first update."""
+        return bool(len(self.steps)) and int(self.steps[0]) == 0
 
     @cached_property
     def kinds(self) -> list[str]:
@@ -85,11 +96,11 @@ class Run:
 
     def values(self, name: str) -> NDArray[np.float64]:
         """A variable as float64, steps first."""
-        return self.data[name].values.astype(np.float64)
+        return self.data[name].values.astype(np.float64, copy=False)
 
 
-def load_runs(files: Sequence[Path]) -> list[Run]:
-    """Open every run file.
+def load_runs(files: Sequence[Path], baselines: Sequence[Path] = ()) -> list[Run]:
+    """Open every run file; the baselines are the last ones.
 
     Raises:
         ValueError: No paths.
@@ -100,22 +111,30 @@ def load_runs(files: Sequence[Path]) -> list[Run]:
         raise ValueError("`write_report`: expected at least one run file, got none; pass the paths of `*.db` run files")
     opened: list[xr.Dataset] = []
     failures: list[str] = []
-    for file in files:
+    paths = [*files, *baselines]
+    for file in paths:
         try:
             opened.append(open_run(file))
         except (RunFileError, OSError) as error:  # each names its file
             failures.append(str(error))
-    if len(files) == 1 and failures:
+    if len(paths) == 1 and failures:
         raise RunFileError(failures[0])
     if failures:
         remedy = f"leave them out: the other {len(opened)} can be read" if opened else "pass run files of repflow"
         raise RunFileError(
-            f"`write_report`: {len(failures)} of {len(files)} paths cannot be opened as run files; {remedy}\n"
+            f"`write_report`: {len(failures)} of {len(paths)} paths cannot be opened as run files; {remedy}\n"
             + "\n".join(f"  {failure}" for failure in failures)
         )
-    labels = distinct_labels([str(data.attrs["name"]) for data in opened], files)
+    return named_apart(dict(enumerate(opened)), paths, first_baseline=len(files))
+
+
+def named_apart(opened: Mapping[int, xr.Dataset], files: Sequence[Path], *, first_baseline: int) -> list[Run]:
+    """Runs of the files that could be opened, by their places among all `files`, which fix their colours."""
+    names = [str(data.attrs["name"]) for data in opened.values()]
+    labels = distinct_labels(names, [files[place] for place in opened])
     return [
-        Run(label=label, index=index, data=data) for index, (label, data) in enumerate(zip(labels, opened, strict=True))
+        Run(label=label, index=place % first_baseline, data=data, baseline=place >= first_baseline)
+        for label, (place, data) in zip(labels, opened.items(), strict=True)
     ]
 
 

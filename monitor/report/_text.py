@@ -1,62 +1,76 @@
-"""What the page says about each quantity: definition, range, reading. HTML."""
+"""What the page says beside the definitions, which stand in `_definitions`. HTML."""
 
 PAGE = """
-<p>Each panel follows the token representations of a language model through its depth while it trained.
-<strong>State</strong> <var>h</var><sup>(0)</sup> enters block 0, state <var>h</var><sup>(<var>l</var>+1)</sup>
-leaves block <var>l</var>; a model of <var>L</var> blocks has <var>L</var>+1 states. Panels of one row share
-their scales, and each spans its run’s whole depth, so that equal places are equal relative depths. Grey, or a
-gap in a curve, means that nothing was measured there. Hover for values, drag to zoom, double-click to zoom
-out.</p>
+<p>Token representations of a language model, followed through its depth while it trained.
+<strong>State</strong> <var>h</var><sup>(0)</sup> enters block 0, state <var>h</var><sup>(<var>l</var>+1)</sup> leaves
+block <var>l</var>. Panels of one row share their scales, and each spans its run’s whole depth. Grey, or a gap in a
+curve: nothing was measured there. Hover for values, or go to a figure with Tab and use the arrow keys; drag to zoom,
+double-click to zoom out.</p>
 """
 
 SUMMARY = """
-<p>Values at the first → last snapshot. “First state” and “last state” are places in depth, h<sup>(0)</sup> and
-h<sup>(<var>L</var>)</sup>.</p>
+<p>Values at the first → last snapshot, at places in depth: first, middle and last state.</p>
+"""
+
+ALERTS = """
+<p>What the monitor’s rules found while it measured. Marks at the top of plots over steps are the same alerts.</p>
+"""
+NO_ALERTS = """
+<p>None: no rule was violated in any snapshot.</p>
 """
 
 INTER_TOKEN = """
-<p>The mean cosine over all pairs of different tokens of a sequence, at one state: (‖Σ<sub>t</sub>
-u<sub>t</sub>‖² − n) / (n(n − 1)) with u<sub>t</sub> = h<sub>t</sub> / ‖h<sub>t</sub>‖; mean over sequences (Eq.
-2 of arXiv 2510.06640). From −1/(n − 1) to 1. <strong>1</strong>: all tokens point the same way (oversmoothing);
-<strong>0</strong>: tokens keep directions of their own.</p>
+<p>How alike the tokens of a sequence are. <strong>1</strong>: all point the same way (oversmoothing);
+<strong>0</strong>: each keeps a direction of its own.</p>
+"""
+
+UPDATES = """
+<p>How alike the updates are that a block adds to its tokens. <strong>1</strong>: all tokens are pushed the same way,
+and so together; <strong>0</strong>: each its own way.</p>
 """
 
 ADJACENT = """
-<p>cos(h<sub>t</sub><sup>(<var>l</var>)</sup>, h<sub>t</sub><sup>(<var>l</var>+1)</sup>), a token before and
-after block <var>l</var>, mean over tokens. From −1 to 1. <strong>Near 1</strong>: the block hardly turns the
-stream (residual connections alone push it up); <strong>low</strong>: it rewrites it. The colours span the
-upper four fifths of the values found; the lowest fifth shares the darkest one.</p>
+<p>How much a block turns a token. <strong>Near 1</strong>: hardly; <strong>low</strong>: it rewrites the stream. The
+colours span the upper four fifths of the values found; the lowest fifth shares the darkest one.</p>
 """
 
 CKA = """
-<p>Linear CKA(a, b) = HSIC(a, b) / √(HSIC(a, a) · HSIC(b, b)), tokens as examples, HSIC summed over sequences.
-<strong>1</strong>: two states hold the same geometry up to rotation, shift and scale; <strong>0</strong>:
-unrelated. Biased values lie in 0 … 1 and run higher than unbiased ones, which can fall below 0 for few tokens.
-HSIC grows as norm⁴: read it together with the largest share of one token under <a
-href="#health">Health</a>.</p>
+<p>Which states hold the same geometry. <strong>1</strong>: equal up to rotation, shift and scale; <strong>0</strong>:
+unrelated. One token of large norm can decide it: see <a href="#health">Health</a>.</p>
 """
 
 VARIATION = """
-<p><strong>V<sub>loc</sub></strong> (Eq. 3): mean over tokens, features and interior states of
-|h<sup>(<var>l</var>+1)</sup> − (h<sup>(<var>l</var>)</sup> + h<sup>(<var>l</var>+2)</sup>)/2|, how sharply the
-path through depth bends. <strong>V<sub>glob</sub></strong> (Eq. 4): mean over tokens and features of the
-standard deviation over states, how far the path wanders. Both are ≥ 0 and in the units of the stream, so they
-grow with its scale; divided by the RMS of each token’s states they compare between runs.</p>
+<p>How sharply (V<sub>loc</sub>) and how far (V<sub>glob</sub>) the path through depth turns. Divided by the RMS of each
+token’s states they compare between runs.</p>
 """
 
 NORMS = """
-<p>‖h<sub>t</sub><sup>(<var>l</var>)</sup>‖₂, mean over tokens, ≥ 0, in the units of the stream. Steady growth
-with depth is usual for a residual stream without a norm between blocks; a jump at one block points to massive
-activations.</p>
+<p>How large the states are. A jump at one block points to massive activations.</p>
+"""
+
+SSM = """
+<p>How long state-space blocks remember: medians as points, thick bars from the 25th to the 75th percentile, thin ones
+from the 5th to the 95th.</p>
 """
 
 SCALARS = """
-<p>What the training loop logged, at the steps of the snapshots; in the loop’s own units.</p>
+<p>What the training loop logged, at the steps of the snapshots, in the loop’s own units.</p>
 """
 
 HEALTH = """
-<p>Tokens with a NaN or an infinity and tokens that are the zero vector are counted and left out of the values
-above. The share is max<sub>t</sub> ‖x<sub>t</sub>‖⁴ / Σ<sub>t</sub> ‖x<sub>t</sub>‖⁴ of centred tokens, from
-1/n to 1: near 1, one token (often an attention sink) alone decides CKA. Overhead is the monitor’s own time in a
-snapshot.</p>
+<p>Tokens that could not be measured, tokens that alone decide CKA, and what the monitor itself costs.</p>
 """
+
+COMPARE = """
+<p>One run minus another, at the chosen step. Curves over steps are differences at the steps of A, those of B
+interpolated linearly between its snapshots. Red: A is larger; blue: B is.</p>
+"""
+COMPARE_DEPTHS = """
+<p>Where the two have different numbers of blocks, curves run over relative depth, B interpolated linearly at the places
+of A; matrices have no places in common and cannot be compared.</p>
+"""
+
+START = """Dotted curves of step 0 are from before the first update: random initialisation where a run was trained from
+scratch, which a run file does not tell."""
+NO_START = """No run holds step 0, so that there is no curve from before training."""
+BASELINE = """Grey: baselines given beside the runs, each at its first snapshot."""

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-CKA_STEPS = 30
-"""Most CKA matrices kept per run."""
+FRAMES = 30
+"""Most snapshots per run that the slider runs through."""
 HEATMAP_COLUMNS = 300
 """Most columns of a heatmap over steps."""
 CURVE_POINTS = 2000

@@ -30,6 +30,7 @@ def test_help_names_the_commands():
     assert result.exit_code == 0
     assert "demo" in result.output
     assert "report" in result.output
+    assert "watch" in result.output
     assert "inspect" in result.output
 
 
@@ -155,6 +156,13 @@ def test_a_terminal_that_lacks_characters_shows_the_rest(encoding: str, tmp_path
     assert b"5.50 ? 2.50" in result.stdout
     assert result.stderr.startswith(b"repflow: missing")
     assert (tmp_path / "before–after.html").exists()
+
+
+def test_report_draws_a_baseline(tmp_path: Path):
+    write_run(tmp_path / "run.db")
+    page, run = tmp_path / "page.html", str(tmp_path / "run.db")
+    assert CliRunner().invoke(app, ["report", run, "--baseline", run, "-o", str(page)]).exit_code == 0
+    assert "run (run.db) #2 (baseline)" in page.read_text()
 
 
 def test_report_writes_a_page(tmp_path: Path):

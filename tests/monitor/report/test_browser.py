@@ -1,105 +1,37 @@
 """The page in a real browser, from `file://`."""
 
-import json
-import shutil
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
-from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.remote.webelement import WebElement
 
 from repflow.monitor.report import write_report
+from tests.monitor.report.browser import Browser
+from tests.monitor.report.made_up import write_run_file
 
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-dev-shm-usage",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 HOSTILE = "</script><script>window.broken=1</script><img src=x onerror='window.broken=1'><a href='x'>%{x}</a>"
 
 
-class Browser:
-    """A headless Chromium that remembers what pages asked the network for and complained of."""
-
-    def __init__(self, driver: webdriver.Chrome) -> None:
-        self.driver = driver
-
-    def open(self, page: Path, *, width: int = 1366, dark: bool = False) -> None:
-        self.driver.get("about:blank")
-        # Those of the page before are none of this one's.
-        self.requests()
-        self.complaints()
-        self.driver.execute_cdp_cmd(
-            "Emulation.setDeviceMetricsOverride",
-            {"width": width, "height": 768, "deviceScaleFactor": 1, "mobile": False},
-        )
-        self.prefer("dark" if dark else "light")
-        self.driver.get(page.as_uri())
-
-    def prefer(self, scheme: str) -> None:
-        feature = {"name": "prefers-color-scheme", "value": scheme}
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-
-    def requests(self) -> list[str]:
-        """Addresses asked for since the last call, without those that hold their own content."""
-        messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        urls = [
-            entry["params"]["request"]["url"] for entry in messages if entry["method"] == "Network.requestWillBeSent"
-        ]
-        return [url for url in urls if not url.startswith(("data:", "blob:", "about:"))]
-
-    def complaints(self) -> list[str]:
-        """What the console said since the last call."""
-        return [entry["message"] for entry in self.driver.get_log("browser")]
-
-    def run(self, script: str, *arguments: Any) -> Any:
-        return self.driver.execute_script(script, *arguments)
-
-    def all(self, selector: str) -> list[WebElement]:
-        return self.driver.find_elements(By.CSS_SELECTOR, selector)
-
-
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.fail("expected chromium and chromedriver; install them: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield Browser(chrome)
-    chrome.quit()
-
-
-@pytest.fixture
-def page(write_run, tmp_path: Path) -> Path:
-    """Two runs of different depth and schedule."""
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs of different depth and schedule, one with state-space values."""
+    folder = tmp_path_factory.mktemp("page")
+    write_run = partial(write_run_file, folder)
     runs = [
         write_run("tbm", ["attention"] * 8, steps=range(0, 100, 10)),
-        write_run("hybrid", ["ssm", "ssm", "attention"] * 4, steps=range(0, 60, 15)),
+        write_run("hybrid", ["ssm", "ssm", "attention"] * 4, steps=range(0, 60, 15), ssm_blocks=[0, 1, 3, 4, 6, 7]),
     ]
-    return write_report(runs, tmp_path / "report.html")
+    return write_report(runs, folder / "report.html")
 
 
 def test_the_page_draws_everything_without_network_or_complaint(browser: Browser, page: Path):
     browser.open(page)
-    plots = browser.all("[data-figure]")
-    assert len(plots) == 20
-    drawn = [plot.find_elements(By.CSS_SELECTOR, ".heatmaplayer image, .scatterlayer .trace path") for plot in plots]
-    assert all(drawn)
+    plots = browser.all(".plot:not([hidden])")
+    assert len(plots) == 38
+    traces = ".heatmaplayer image, .scatterlayer .trace path"
+    assert not [plot.get_attribute("id") for plot in plots if not plot.find_elements(By.CSS_SELECTOR, traces)]
     assert browser.requests() == [page.as_uri()]
     assert browser.complaints() == []
 
@@ -107,55 +39,97 @@ def test_the_page_draws_everything_without_network_or_complaint(browser: Browser
 def test_the_log_sees_requests_and_complaints(browser: Browser, tmp_path: Path):
     page = tmp_path / "bad.html"
     page.write_text("<link rel=icon href='data:,'><img src=absent.png><script>absent()</script>")
-    browser.open(page)
+    browser.visit(page)
     assert browser.requests() == [page.as_uri(), (tmp_path / "absent.png").as_uri()]
     assert any("absent is not defined" in text for text in browser.complaints())
 
 
-def shown_cka(browser: Browser) -> list[tuple[str, str, float]]:
-    """Per run: the caption, the step, and CKA of the first and last state in the drawn matrix."""
+def test_the_page_could_not_ask_the_network(browser: Browser, page: Path, tmp_path: Path):
+    changed = tmp_path / "changed.html"
+    changed.write_text(page.read_text().replace("</main>", "</main><img src='http://127.0.0.1:9/x.png'>"))
+    browser.visit(changed)
+    assert any("Content Security Policy" in text for text in browser.complaints())
+
+
+def shown(browser: Browser, section: str, value: str) -> list[tuple[str, float]]:
+    """Per figure of a section that follows the slider: its caption, and a value of what is drawn."""
     return [
-        (
-            plot.find_element(By.XPATH, "../figcaption//output").text,
-            str(plot.get_attribute("data-step")),
-            browser.run("const z = arguments[0].data[0].z; return z[0][z.length - 1]", plot),
-        )
-        for plot in browser.all("#cka [data-figure]")
+        (plot.find_element(By.XPATH, "../figcaption//output").text, browser.run(f"return arguments[0].{value}", plot))
+        for plot in browser.all(f"#{section} .plot[data-step]")
     ]
 
 
 def test_the_slider_moves_all_runs_to_the_nearest_step(browser: Browser, page: Path):
     browser.open(page)
-    slider = browser.all("#cka-slider")[0]
-    last = shown_cka(browser)
-    assert [(caption, step) for caption, step, _ in last] == [("step 90", "90"), ("step 45", "45")]
+    slider, value = browser.one("#step"), "data[0].z[0].at(-1)"
+    last = shown(browser, "cka", value)
+    assert [caption for caption, _ in last] == ["step 90", "step 45"]
     for _ in range(8):  # 90 80 70 60 50 45 40 30 20
         slider.send_keys(Keys.ARROW_LEFT)
-    shown = shown_cka(browser)
-    assert browser.all("#cka-step")[0].text == "step 20"
+    browser.drawn()
+    between = shown(browser, "cka", value)
+    assert browser.one("#shown-step").text == "step 20"
     assert slider.get_attribute("aria-valuetext") == "step 20"
-    assert [(caption, step) for caption, step, _ in shown] == [("step 20", "20"), ("step 15", "15")]
+    assert [caption for caption, _ in between] == ["step 20", "step 15"]
     slider.send_keys(Keys.HOME)
-    first = shown_cka(browser)
-    assert [step for _, step, _ in first] == ["0", "0"]
-    for values in zip(first, shown, last, strict=True):
-        assert values[0][2] > values[1][2] > values[2][2]  # the made-up runs drift apart
+    browser.drawn()
+    first = shown(browser, "cka", value)
+    assert [caption for caption, _ in first] == ["step 0", "step 0"]
+    for (_, one), (_, two), (_, three) in zip(first, between, last, strict=True):
+        assert one > two > three  # the made-up runs drift apart
     assert browser.complaints() == []
+
+
+def test_maps_curves_and_quantiles_follow_the_slider(browser: Browser, page: Path):
+    places = {
+        "#adjacent-1-0": "data[0].z[63][7]",  # last position, last block
+        "#inter-token-1-0": "data.find(({ meta }) => meta.run === 0).y.at(-1)",
+        "#ssm-0-0": "data[1].error_y.array[0]",
+    }
+    browser.open(page)
+    reading = "return document.querySelector(arguments[0])."
+    last = [browser.run(reading + value, place) for place, value in places.items()]
+    browser.one("#step").send_keys(Keys.HOME)
+    browser.drawn()
+    first = [browser.run(reading + value, place) for place, value in places.items()]
+    assert last[:2] == pytest.approx([1.0, 0.85], abs=1e-4)
+    assert first[:2] == pytest.approx([0.8, 0.25], abs=1e-4)
+    assert first[2] != last[2]
+    start = "return document.querySelector('#inter-token-1-0').data.find(({ line }) => line.dash === 'dot').y.at(-1)"
+    assert browser.run(start) == 0.25  # before the first update, whatever the step
 
 
 def test_the_drawn_matrix_is_symmetric(browser: Browser, page: Path):
     browser.open(page)
-    matrix = browser.run("return document.querySelector('#cka [data-figure]').data[0].z")
+    matrix = browser.run("return document.querySelector('#cka .plot').data[0].z")
     assert matrix == [list(column) for column in zip(*matrix, strict=True)]
-    assert [row[index] for index, row in enumerate(matrix)] == [1.0] * 9
+    assert [row[index] for index, row in enumerate(matrix)] == pytest.approx([1.0] * 9)
+
+
+HOVERS = {
+    "#inter-token-0-0 .nsewdrag": ["step", "attention, layers.", "inter-token similarity 0."],
+    "#adjacent-1-0 .nsewdrag": ["block 4", "position 0.49", "cosine 0."],
+    "#cka-0-0 .nsewdrag": ["compared with state 4", "CKA 1"],
+    "#variation-0-0 .point:nth-of-type(5)": ["tbm", "V_loc 0.", "stream units"],
+    "#health-0-0 .point:nth-of-type(5)": ["Monitor overhead 20 ms"],
+    "#ssm-0-0 .trace:nth-of-type(2) .point:nth-of-type(5)": ["block 6", "ssm", "median", "tokens", "half of all:"],
+    "#compare-0-0 .point:nth-of-type(5)": ["relative depth 0.50", "A 0.", "B 0.", "A − B 0"],
+}
+
+
+def test_hovering_tells_values_and_units(browser: Browser, page: Path):
+    browser.open(page)
+    for place, expected in HOVERS.items():
+        text = browser.hover(place)
+        assert not [part for part in expected if part not in text], f"{place}: {text}"
 
 
 def test_nothing_is_wider_than_the_window_and_no_title_is_cut(browser: Browser, page: Path):
-    for width in (320, 900, 1280, 1440):
+    for width in (320, 800, 1280, 1440):
         browser.open(page, width=width)
         assert browser.run("return document.documentElement.scrollWidth") <= width
         cut = browser.run(
-            """return [...document.querySelectorAll('[data-figure]')].flatMap((plot) => {
+            """return [...document.querySelectorAll('.plot:not([hidden])')].flatMap((plot) => {
                 const frame = plot.getBoundingClientRect();
                 return [...plot.querySelectorAll('.xtitle, .ytitle, .xtick, .ytick')]
                     .filter((text) => {
@@ -163,36 +137,29 @@ def test_nothing_is_wider_than_the_window_and_no_title_is_cut(browser: Browser, 
                         return box.left < frame.left || box.right > frame.right
                             || box.top < frame.top || box.bottom > frame.bottom;
                     })
-                    .map((text) => text.textContent);
+                    .map((text) => `${plot.id}: ${text.textContent}`);
             })"""
         )
         assert cut == []
 
 
-def test_colours_follow_the_system(browser: Browser, page: Path):
-    background = "return document.querySelector('[data-figure]')._fullLayout.paper_bgcolor"
-    browser.open(page, dark=True)
-    dark = browser.run(background)
-    browser.prefer("light")
-    # The page hears of the change with its next frame.
-    browser.driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
-    light = browser.run(background)
-    assert dark != light == "#ffffff"
-    assert browser.complaints() == []
-
-
-def test_hostile_names_do_nothing(browser: Browser, write_run, tmp_path: Path):
-    run = write_run(
-        HOSTILE,
-        [HOSTILE, "ssm"],
-        block_name=HOSTILE,
-        file="a.db",
-        scalars=lambda index: {"loss": 1.0, HOSTILE: 2.0},
-    )
-    page = write_report([run], tmp_path / "report.html")
+def test_hostile_names_do_nothing(browser: Browser, write_run, tmp_path: Path, alert_runs):
+    alert = {"step": 10, "severity": HOSTILE, "states": [1]}
+    alert_runs({HOSTILE: [alert | dict.fromkeys(("signature", "title", "message", "suggestion"), HOSTILE)]})
+    runs = [
+        write_run(
+            HOSTILE,
+            [HOSTILE, "ssm"],
+            block_name=HOSTILE,
+            file=file,
+            scalars=lambda index: {"loss": 1.0, HOSTILE: 2.0},
+        )
+        for file in ("a.db", "b.db")
+    ]
+    page = write_report(runs, tmp_path / "report.html")
     browser.open(page)
     assert browser.run("return window.broken") is None
-    assert browser.all("main img, main script, svg a, #loss a") == []
+    assert browser.all("main img, main script, svg a, #loss a, option a") == []
     captions = [element.text for element in browser.all("#loss figcaption")]
     assert captions == ["loss", HOSTILE]
     assert browser.requests() == [page.as_uri()]
@@ -202,7 +169,7 @@ def test_hostile_names_do_nothing(browser: Browser, write_run, tmp_path: Path):
 def test_a_page_without_snapshots(browser: Browser, write_run, tmp_path: Path):
     page = write_report([write_run("void", steps=[])], tmp_path / "report.html")
     browser.open(page)
-    assert "No snapshot has been written yet" in browser.all(".warning")[0].text
+    assert "No snapshot has been written yet" in browser.one(".warning").text
     assert browser.complaints() == []
 
 
@@ -215,3 +182,10 @@ def test_long_names_do_not_make_the_page_wider_than_the_window(browser: Browser,
     for width in (360, 1366):
         browser.open(page, width=width)
         assert browser.run("return document.documentElement.scrollWidth") <= width
+
+
+def test_one_snapshot_of_one_block(browser: Browser, write_run, tmp_path: Path):
+    page = write_report([write_run("a", ["mlp"], steps=[7])], tmp_path / "report.html")
+    browser.open(page)
+    assert browser.one("#shown-step").text == "step 7"
+    assert browser.complaints() == []

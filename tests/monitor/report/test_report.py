@@ -13,11 +13,12 @@ import pytest
 
 from repflow.monitor import RepflowWarning
 from repflow.monitor.report import write_report
-from repflow.monitor.report._figures import KIND_COLORS
+from repflow.monitor.report._kinds import KIND_COLORS
 from repflow.monitor.report._page import script_json
 
 VOID = {"meta", "link", "input", "br", "path"}
 FETCHING = {"src", "srcset", "poster", "data", "action", "background", "xlink:href"}
+SCRIPTS = ("theme", "data", "plotly", "page")
 HOSTILE = "</script><script>window.broken=1</script><img src=x onerror=alert(1)>&amp;\"'%{x}"
 
 
@@ -57,14 +58,20 @@ class Page(HTMLParser):
             self.text += data
 
     @property
-    def figures(self) -> list[dict[str, Any]]:
-        """What the page draws, by number."""
-        return json.loads(self.raw["script"][0])
+    def data(self) -> dict[str, Any]:
+        """What the page draws, and what its slider runs through."""
+        return json.loads(self.raw["script"][SCRIPTS.index("data")])
 
-    def plot_labels(self) -> dict[str, int]:
-        """The accessible name of every figure -> its number."""
+    @property
+    def figures(self) -> dict[str, dict[str, Any]]:
+        return self.data["figures"]
+
+    def plot_labels(self) -> dict[str, str]:
+        """The accessible name of every figure -> its id."""
         return {
-            str(attrs["aria-label"]): int(str(attrs["data-figure"])) for _, attrs in self.tags if "data-figure" in attrs
+            str(attrs["aria-label"]): str(attrs["id"])
+            for _, attrs in self.tags
+            if "plot" in str(attrs.get("class")).split()
         }
 
     def figure(self, label: str) -> dict[str, Any]:
@@ -82,12 +89,12 @@ def test_a_page_has_every_quantity_of_every_run(write_run, render):
         assert title in page.text
     labels = page.plot_labels()
     for run in ("tbm", "ssm"):
-        assert len([label for label in labels if label.endswith(f": {run}")]) == 6
-    assert sorted(labels.values()) == list(range(len(page.figures)))
+        assert len([label for label in labels if label.endswith(f": {run}")]) == 9
+    assert sorted(labels.values()) == sorted(page.figures)
 
 
 def test_every_figure_is_one_that_plotly_accepts(write_run, render):
-    for figure in render([write_run("a"), write_run("b", ["moe"] * 20)]).figures:
+    for figure in render([write_run("a"), write_run("b", ["moe"] * 20)]).figures.values():
         go.Figure({"data": figure["data"], "layout": figure["layout"]})
 
 
@@ -114,12 +121,12 @@ def test_runs_share_their_scales(write_run, render):
 
     page = render([write_run("a", ["ssm"] * 3), write_run("b", ["ssm"] * 8, steps=range(0, 100, 20), change=larger)])
     labels = [label for label in page.plot_labels() if label.endswith((": a", ": b"))]
-    assert len(labels) == 12
+    assert len(labels) == 18
     for label in labels:
         one, other = page.figure(label[:-1] + "a"), page.figure(label[:-1] + "b")
         for bound in ("zmin", "zmax"):
             assert one["data"][0].get(bound) == other["data"][0].get(bound)
-        if one["data"][0]["type"] == "heatmap" and "cka" not in one:
+        if one["data"][0]["type"] == "heatmap" and "frame" not in one:
             assert one["layout"]["xaxis"]["range"] == other["layout"]["xaxis"]["range"]
         if one["data"][0]["type"] == "scatter":
             assert one["layout"]["yaxis"] == other["layout"]["yaxis"]
@@ -146,7 +153,7 @@ def test_a_block_that_rewrites_the_stream_leaves_colours_for_the_others(write_ru
     assert trace["z"][0] == [0.01] * 3
     assert trace["zmin"] > 0.7
     assert "≤ 0.7" in page.text
-    overlay = page.figure("Adjacent-layer similarity, last step over depth: Last step")
+    overlay = page.figure("Adjacent-layer similarity, curves over depth: Chosen step")
     assert "type" not in overlay["layout"]["yaxis"]  # a cosine is never on a logarithmic axis
 
 
@@ -165,10 +172,11 @@ def test_hostile_names_stay_text(write_run, render):
         HOSTILE, [HOSTILE, "ssm"], block_name=HOSTILE, scalars=lambda index: {"loss": 1.0, HOSTILE: 2.0}, file="a.db"
     )
     page = render([path])
-    assert len(page.raw["script"]) == 3
+    assert len(page.raw["script"]) == len(SCRIPTS)
     assert HOSTILE in page.text
     assert not [attrs for tag, attrs in page.tags if tag == "img" or any(name.startswith("on") for name in attrs)]
-    assert "<script" not in json.dumps(page.figures)  # escaped for Plotly's own markup too
+    drawn = [(figure["data"], figure["layout"]) for figure in page.figures.values()]
+    assert "<script" not in json.dumps(drawn)  # escaped for Plotly's own markup too
 
 
 def test_json_in_a_script_element_cannot_end_it():
@@ -187,7 +195,7 @@ def test_a_run_without_snapshots_is_named(write_run, render):
 def test_only_runs_without_snapshots(write_run, render):
     page = render([write_run("void", steps=[])])
     assert "no snapshot yet" in page.text
-    assert page.figures == []
+    assert page.figures == {}
 
 
 def test_runs_of_one_name_are_told_apart(write_run, render):
@@ -213,9 +221,9 @@ def test_many_snapshots_are_thinned_and_that_is_said(write_run, render):
     trace = page.figure("Inter-token similarity, depth by step: long")["data"][0]
     assert len(trace["x"]) == 300
     assert (trace["x"][0], trace["x"][-1]) == (0, 699)
-    cka = page.figure(next(label for label in page.plot_labels() if label.startswith("CKA")))["cka"]
-    assert len(cka["steps"]) == len(cka["triangles"]) == 30
-    assert (cka["steps"][0], cka["steps"][-1]) == (0, 699)
+    frames = page.data["runs"]["0"]
+    assert len(frames["steps"]) == len(frames["cka"]) == len(frames["tokens"]) == 30
+    assert (frames["steps"][0], frames["steps"][-1]) == (0, 699)
     assert "Shown are 300 columns of 700 snapshots" in page.text
     assert "Shown are 30 matrices of 700 snapshots" in page.text
     assert max(page.figure("Health, depth by step: long")["data"][0]["z"][2]) == 0.9  # maxima survive
@@ -232,7 +240,8 @@ def test_cka_that_was_not_measured(write_run, render):
 
     page = render([write_run("a", change=without)])
     assert "unbiased estimator, not measured" in page.text
-    assert not [tag for tag, _ in page.tags if tag == "input"]
+    assert page.data["runs"]["0"]["steps"] == [0, 10, 20]  # for what else the slider runs through
+    assert page.data["runs"]["0"]["cka"][0][0] == [None]
 
 
 def test_a_loss_that_is_missing_at_the_last_step_says_which_it_shows(write_run, render):
@@ -329,7 +338,6 @@ def test_a_single_snapshot_can_be_seen_beside_a_long_run(write_run, render):
 def test_a_run_of_one_snapshot_is_told_so(write_run, render):
     text = render([write_run("a", steps=[5])]).text
     assert "1 snapshot, step 5; 512 tokens in 8 sequences; written" in text
-    assert "Last step 5" in text
 
 
 def test_lists_of_steps_have_one_kind_of_comma(write_run, render):
