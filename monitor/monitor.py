@@ -3,7 +3,7 @@
 import functools
 import operator
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,12 +23,14 @@ from repflow.monitor.notices import (
     recorded_nothing,
     short_sequences,
     silent_ranks,
+    tell,
     unread_decays,
 )
 from repflow.monitor.ranks import MAX_SCALARS, CollectiveError, Part, Ranks, find_ranks
 from repflow.monitor.residual_stream import ResidualStream, find_residual_stream
 from repflow.monitor.run_info import describe_run
 from repflow.monitor.sampling import Schedule, Selection, select
+from repflow.monitor.signatures import SignatureBook
 from repflow.monitor.sinks import AbstractSink, FanOutSink
 from repflow.monitor.snapshot import RunInfo, Snapshot
 from repflow.monitor.ssm import DecayTaps
@@ -113,6 +115,7 @@ class Monitor:
         self._ranks: Ranks | None = None  # from the first sampled step on
         self._joined = not self.config.reduce
         self._cut_off = False  # by an exception: whether the other ranks go on is unknown
+        self._signatures = SignatureBook(self.config.rules)
         self._late_ms = 0.0  # spent between sampled steps: counted with the next one
         self._decays = DecayTaps(
             self.stream,
@@ -236,6 +239,14 @@ class Monitor:
         self._capture.buffer.release()
         self._enabled = False
         self._run(self._sink.close)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint should keep, in plain values: with it, a resumed run does not raise its alerts again."""
+        return {"signatures": self._signatures.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`, before the first step; keys that are missing or unknown are passed over."""
+        self._signatures.load_state_dict(state_dict.get("signatures", {}))
 
     def discard(self) -> None:
         """Drop the step being recorded, as when its body raises."""
@@ -363,7 +374,8 @@ class Monitor:
             if misread := misread_mask(step.number, sums):
                 self._warn(misread, key="misread mask")
                 continue
-            self.latest = step.snapshot(values, self._layout, self.stream.name, self._late_ms)
+            snapshot = step.snapshot(values, self._layout, self.stream.name, self._late_ms)
+            self.latest = self._signatures.judged(snapshot, self.run.blocks)
             self._late_ms = 0.0
             if short := short_sequences(self.latest, sums, self.config.cka_estimator):
                 self._warn(short, key="short sequences")
@@ -373,6 +385,8 @@ class Monitor:
                 self._started = True
                 self._sink.start(self.run)
             self._sink.write(self.latest)
+            if _is_first_rank():
+                tell(self.latest.alerts)
 
     def _run(self, call: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """`call`, timed, and with every exception turned into a warning and the end of monitoring."""

@@ -17,12 +17,12 @@ FILES = sorted(
 # A unit is a module or folder of the monitor. It may import the units of its own tier and of those above it here.
 TIERS = (
     {
-        *("config", "functional", "residual_stream", "sampling", "snapshot", "warning"),
+        *("alert", "config", "functional", "residual_stream", "sampling", "signatures", "snapshot", "warning"),
         *("parts", "readers", "wrappers"),  # what residual_stream knows of architectures
     },
     {
         *("accumulator", "buffer", "capture", "chain", "delivery", "masks", "metrics"),
-        *("notices", "positions", "ranks", "run_info", "signatures", "ssm", "taps"),
+        *("notices", "positions", "ranks", "run_info", "ssm", "taps"),
     },
     {"sinks"},
     {"monitor"},
@@ -34,7 +34,7 @@ ENGINE = {"monitor"}
 GATHERED = ("Monitor", "MonitorConfig", "ResidualStream", "Snapshot", "find_residual_stream", "open_run")
 # Units that know less than their tier: a sink is given snapshots, and the report reads run files only.
 KNOWS_ONLY = {
-    "sinks": ("monitor.sinks", "monitor.snapshot", "monitor.warning"),
+    "sinks": ("monitor.sinks", "monitor.alert", "monitor.snapshot", "monitor.warning"),
     "report": ("monitor.report", "monitor.snapshot", "monitor.sinks.open_run"),
 }
 # What anything but the kernels may know: of the distribution itself, and how to warn.
