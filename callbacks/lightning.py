@@ -31,7 +31,8 @@ class RepresentationMonitor(Callback):
     Snapshots go to a run file, to all of the trainer's loggers, and into `trainer.callback_metrics` under the same keys
     (`repflow/inter_token/state_00`, `repflow/v_loc`, …), so that EarlyStopping and ModelCheckpoint can use them. Steps
     are optimizer steps, as the trainer's own metrics count them. The loss that `training_step` returns is kept with
-    each snapshot.
+    each snapshot. Alerts (see `MonitorConfig.signatures`) go there, too, and to the terminal. A W&B logger gets the run
+    file as an artifact at the end.
 
     Args:
         config: what to measure. Its fields may be given as keywords instead: `RepresentationMonitor(every_n_steps=10)`.
@@ -69,7 +70,7 @@ class RepresentationMonitor(Callback):
         self._blocks = blocks
         self._stream = stream
         self._name = name
-        self._resumed_name: str | None = None  # of the run whose checkpoint is being continued
+        self._resumed: dict[str, Any] = {}  # the state of the run whose checkpoint is being continued
         self._log_states: StateChoice = log_states
         self._open: AbstractContextManager[None] | None = None
         self._scalars = _CallbackMetricsSink()
@@ -92,7 +93,9 @@ class RepresentationMonitor(Callback):
         if own is None:
             own = [] if getattr(trainer, "fast_dev_run", False) else [RunFileSink()]
         self._scalars = _CallbackMetricsSink(trainer if trainer.world_size == 1 else None)
-        sinks = [*own, LoggerSink(lambda: trainer.loggers, states=self._log_states), self._scalars]
+        run_file = next((sink for sink in own if isinstance(sink, RunFileSink)), None)
+        loggers = LoggerSink(lambda: trainer.loggers, states=self._log_states, run_file=run_file)
+        sinks = [*own, loggers, self._scalars]
         config = self.config
         if config.compiled == "auto" and getattr(pl_module, "_compiler_ctx", None) is not None:
             config = replace(config, compiled=True)  # torch.compile(module), of which the trainer passes the module on
@@ -102,9 +105,10 @@ class RepresentationMonitor(Callback):
             sinks=sinks,
             blocks=self._blocks,
             stream=self._stream,
-            name=self._resumed_name or self._name,
+            name=self._resumed.get("name") or self._name,
         )
-        self._resumed_name = None
+        self.monitor.load_state_dict(self._resumed.get("monitor", {}))
+        self._resumed = {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Open the optimizer step that this micro-batch belongs to."""
@@ -147,12 +151,14 @@ class RepresentationMonitor(Callback):
             self._close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The name of the run, under which a resumed run goes on in the same file."""
-        return {"name": self.monitor.run.name if self.monitor is not None else self._name}
+        """The name of the run, under which a resumed run goes on in the same file, and what raised alerts."""
+        if self.monitor is None:
+            return {"name": self._name}
+        return {"name": self.monitor.run.name, "monitor": self.monitor.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the run of the checkpoint."""
-        self._resumed_name = state_dict["name"]
+        self._resumed = dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy does not take the running engine along."""
