@@ -106,7 +106,7 @@ def allowed(file: str, target: str) -> bool:
         return folder == "callbacks"
     if starts(target, "transformers.trainer", "transformers.trainer_callback", "transformers.trainer_utils"):
         return folder == "callbacks"
-    if starts(target, "wandb"):
+    if starts(target, "wandb", "wandb_workspaces"):
         return unit == "sinks"
     return folder == "triton_kernels" or not starts(target, "triton")
 

@@ -7,7 +7,7 @@ from typing import Any
 from repflow.monitor.alert import Alert
 from repflow.monitor.sinks._base import AbstractSink
 from repflow.monitor.sinks._keys import StateChoice, scalar_items
-from repflow.monitor.sinks._wandb_run import define_keys, is_wandb_run, send_alerts
+from repflow.monitor.sinks._wandb_run import STEP, define_keys, is_wandb_run, send_alerts
 from repflow.monitor.sinks.heatmap import Heatmap, HeatmapSeries
 from repflow.monitor.sinks.run_file import RunFileSink
 from repflow.monitor.sinks.wandb_sink import save_run_file
@@ -66,7 +66,8 @@ class LoggerSink(AbstractSink):
         for logger in self._working():
             items = scalar_items(snapshot, self._states, separator=_separator(logger))
             try:
-                self._define(logger, items, len(snapshot.inter_token))
+                if is_wandb_run(getattr(logger, "experiment", None)):
+                    items = self._for_wandb(logger, items, snapshot)
                 logger.log_metrics(items, step=snapshot.step)
             except Exception as error:
                 self._failed.append(logger)
@@ -84,12 +85,12 @@ class LoggerSink(AbstractSink):
         if run_file is not None:
             self._each("artifact", lambda logger: _log_run_file(logger, run_file))
 
-    def _define(self, logger: Any, items: Iterable[str], num_states: int) -> None:
-        """Tell a W&B run what to make of the keys, before their first values."""
+    def _for_wandb(self, logger: Any, items: dict[str, float], snapshot: Snapshot) -> dict[str, float]:
+        """What a W&B run gets, over the same axis under any loop. The keys are defined before their first values."""
         if not _among(logger, self._defined):
             self._defined.append(logger)
-            if is_wandb_run(run := getattr(logger, "experiment", None)):
-                define_keys(run, items, num_states=num_states, step_metric="trainer/global_step")
+            define_keys(logger.experiment, items, num_states=len(snapshot.inter_token))
+        return {STEP: snapshot.step, **items}
 
     def _working(self) -> list[Any]:
         """The loggers that have not failed."""

@@ -14,7 +14,7 @@ from repflow.monitor.sinks._base import AbstractSink
 from repflow.monitor.sinks._keys import StateChoice, scalar_items
 from repflow.monitor.sinks._reading import copy_run_file
 from repflow.monitor.sinks._wandb_login import has_login
-from repflow.monitor.sinks._wandb_run import define_keys, send_alerts, summarised
+from repflow.monitor.sinks._wandb_run import STEP, define_keys, send_alerts, summarised
 from repflow.monitor.sinks._worker import Worker
 from repflow.monitor.sinks.heatmap import Heatmap, HeatmapSeries
 from repflow.monitor.sinks.run_file import RunFileSink
@@ -90,8 +90,7 @@ class WandbSink(AbstractSink):
             active = wandb.init(**(defaults | self._init_kwargs))
         self._run = active
         self._run.config.update({"repflow": _described(run)}, allow_val_change=True)
-        self._run.define_metric("repflow/step", step_metric="repflow/step", hidden=True)
-        self._run.define_metric("repflow/*", step_metric="repflow/step")
+        self._run.define_metric("repflow/*", step_metric=STEP)
         self._last = None
         if self._max_images:
             self._start_heatmaps()
@@ -128,8 +127,8 @@ class WandbSink(AbstractSink):
     def _log(self, run: "wandb.Run", snapshot: Snapshot) -> None:
         items = scalar_items(snapshot, self._states)
         if self._last is None:
-            define_keys(run, items, num_states=len(snapshot.inter_token), step_metric="repflow/step")
-        run.log({"repflow/step": snapshot.step, **items, **self._ready()})
+            define_keys(run, items, num_states=len(snapshot.inter_token))
+        run.log({STEP: snapshot.step, **items, **self._ready()})
         send_alerts(run, snapshot.alerts)
         self._last = snapshot
         if self._series is not None and (drawn := self._series.add(snapshot)):
@@ -167,7 +166,7 @@ class WandbSink(AbstractSink):
                 run.log(images)
         if self._last is not None:
             last = {key: value for key, value in scalar_items(self._last, "all").items() if not summarised(key)}
-            run.summary.update({"repflow/step": self._last.step, **last})
+            run.summary.update({STEP: self._last.step, **last})
 
     def _stop_worker(self) -> None:
         worker, self._worker, self._series = self._worker, None, None
