@@ -125,12 +125,13 @@ def _alert(
     worst = max(states, key=lambda state: float(values[state] - threshold[state]))
     reading = signature.reading[0].upper() + signature.reading[1:]
     message = f"{reading}: {signature.show(float(values[first]))} at {_place(first, blocks)}"
-    if len(states) > 1:
-        shown = signature.show(float(values[worst]))
-        message += f"; {len(states)} states are concerned, {_ranges(states)}, up to {shown} at state {worst}"
+    if worst != first:
+        message += f", and up to {signature.show(float(values[worst]))} at state {worst}"
     message += f"; expected at most {signature.show(float(threshold[worst]))}"
+    if len(states) > 1:
+        message += f"; so it is at states {_ranges(states)}"
     if signature.patience > 1:
-        message += f", and it was more in {signature.patience} snapshots in a row"
+        message += f"; seen in {signature.patience} snapshots in a row"
     if remark := signature.remark(states):
         message += f"; {remark}"
     return Alert(

@@ -123,14 +123,14 @@ class LateHomogenisation(_InPartOfDepth):
 class CollapseOnset(Signature):
     """Tokens become alike far faster than their similarity has been changing.
 
-    **Rule.** The value of a state is `inter_token` minus its median over the last 20 snapshots, once there are
-    `min_history`. Its threshold is the larger of `threshold` and `noise` · 1.4826 · MAD, where MAD is the median
+    **Rule.** What a state has gained is its `inter_token` less that of state 0, which takes away how repetitive the
+    batch is; of state 0, `inter_token` itself. The value is that minus its median over the last 20 snapshots, once there
+    are `min_history`. Its threshold is the larger of `threshold` and `noise` · 1.4826 · MAD, where MAD is the median
     absolute deviation from that median: 1.4826·MAD estimates a standard deviation, whatever single snapshots do. A
-    steady rise widens the MAD and raises nothing; a level that has lasted ten snapshots is the new median, and
-    releases it.
+    steady rise widens the MAD and raises nothing; a level that has lasted ten snapshots is the new median, and releases
+    it.
 
-    **Source.** Our convention. In healthy small models similarity changes by up to .1 from batch to batch, and by
-    less than `threshold` against its median once the warm-up is over.
+    **Source.** Our convention. In the models of `repflow demo` the value stays below .1 once there is a history.
 
     **How to read it.** Something happened at this step: a learning rate too high, a batch unlike the others, weights
     that a checkpoint or an update spoilt. Where only the data changed, the curve comes back.
@@ -148,7 +148,7 @@ class CollapseOnset(Signature):
     """Snapshots before the first judgement, 20 at most. Unit: snapshots."""
 
     title: ClassVar[str] = "Tokens are collapsing onto each other"
-    reading: ClassVar[str] = "rise of inter-token similarity above its recent median"
+    reading: ClassVar[str] = "rise of inter-token similarity gained since state 0, above its recent median"
     suggestion: ClassVar[str] = (
         "Look at the loss and at what happened at this step (learning rate, data, a resumed checkpoint); if the loss "
         "rose too, go back to a checkpoint from before it with a lower learning rate"
@@ -161,9 +161,10 @@ class CollapseOnset(Signature):
 
     def read(self, snapshot: Snapshot, blocks: Sequence[BlockInfo], past: Float64[Tensor, "N S"]) -> Reading | None:
         """See `Signature.read`."""
-        similarity = snapshot.inter_token
+        first, others = snapshot.inter_token.split([1, len(snapshot.inter_token) - 1])
+        gained = torch.cat([first, others - first])
         if len(past) < self.min_history:
-            return Reading(values=torch.full_like(similarity, torch.nan), remember=similarity)
+            return Reading(values=torch.full_like(gained, torch.nan), remember=gained)
         median, spread = usual(past)
         limit = (self.noise * spread).clamp(min=self.threshold)
-        return Reading(values=similarity - median, threshold=limit, remember=similarity)
+        return Reading(values=gained - median, threshold=limit, remember=gained)

@@ -149,5 +149,5 @@ def _log_alerts(logger: Any, alerts: Sequence[Alert]) -> None:
 
 def _log_run_file(logger: Any, run_file: str | os.PathLike[str] | RunFileSink) -> None:
     """Save the run file with a W&B run."""
-    if is_wandb_run(run := getattr(logger, "experiment", None)):
-        save_run_file(run, run_file)
+    if is_wandb_run(getattr(logger, "experiment", None)):
+        save_run_file(logger.experiment, run_file)
