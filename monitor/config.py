@@ -140,7 +140,7 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def _check_signatures(signatures: object) -> None:
-    remedy = 'write ("default"), () for none, or some such as (NonFinite(), CollapseOnset(patience=5))'
+    remedy = 'write "default", () for none, or some such as (NonFinite(), CollapseOnset(patience=5))'
     if signatures == "default":
         return
     if not isinstance(signatures, tuple | list):

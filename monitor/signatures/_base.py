@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -34,6 +34,7 @@ class Signature(ABC):
     so once, and can be raised again only after all values were at or below the release.
 
     Raises:
+        TypeError: a number that is none.
         ValueError: a name, severity or number out of its range.
     """
 
@@ -69,6 +70,10 @@ class Signature(ABC):
         if self.severity not in get_args(Severity):
             known = ", ".join(map(repr, get_args(Severity)))
             raise ValueError(f"`{type(self).__name__}`: expected severity among {known}, got {self.severity!r}")
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(entry.default, int | float) and not isinstance(value, int | float):
+                raise TypeError(f"`{type(self).__name__}`: expected {entry.name} to be a number, got {value!r}")
         self.check("patience", self.patience >= 1, "1 snapshot or more")
         self.check("warmup_steps", self.warmup_steps >= 0, "0 optimizer steps or more")
         self.check("threshold", math.isfinite(self.threshold), "a finite number")

@@ -100,7 +100,8 @@ def _judge(signature: Signature, seen: _Seen, snapshot: Snapshot, blocks: Sequen
     if not seen.raised and states:
         seen.raised = True
         return _alert(signature, snapshot.step, blocks, states, reading.values, threshold)
-    if seen.raised and measured.any() and not (reading.values > signature.release).any():
+    still = any(seen.streaks) or bool((reading.values > signature.release).any())
+    if seen.raised and measured.any() and not still:
         seen.raised = False
     return None
 

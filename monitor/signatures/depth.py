@@ -63,10 +63,10 @@ class RedundantLayers(Signature):
     blocks, CKA between states three blocks apart stays above .98 for good; five blocks apart it is above .98 in the
     first 30 steps, and at .95 and less after 100.
 
-    **How to read it.** Up to rotation and scale, and to a shift of all tokens alike, the states of these layers are the
-    same: the run does the work of one block. That is so of models that are deeper than their task asks for, and of large
-    pretrained ones in the middle. A token that owns CKA (see `dominant_token`) makes all layers look alike: then this
-    says nothing.
+    **How to read it.** Up to rotation and scale, and to a shift of all tokens alike, the states of these layers are
+    the same: the run does the work of one block. That is so of models that are deeper than their task asks for, and
+    of large pretrained ones in the middle. A token that owns CKA (see `dominant_token`) makes all layers look alike:
+    then this says nothing.
     """
 
     name: str = "redundant_layers"

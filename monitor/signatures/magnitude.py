@@ -32,8 +32,8 @@ class NonFinite(Signature):
     severity: Severity = "error"
     patience: int = 1
     warmup_steps: int = 0
-    threshold: float = 0
-    release: float = 0
+    threshold: float = 0.0
+    release: float = 0.0
 
     title: ClassVar[str] = "Values are not finite"
     reading: ClassVar[str] = "number of tokens with NaN or infinity"

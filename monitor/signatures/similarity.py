@@ -124,11 +124,11 @@ class CollapseOnset(Signature):
     """Tokens become alike far faster than their similarity has been changing.
 
     **Rule.** What a state has gained is its `inter_token` less that of state 0, which takes away how repetitive the
-    batch is; of state 0, `inter_token` itself. The value is that minus its median over the last 20 snapshots, once there
-    are `min_history`. Its threshold is the larger of `threshold` and `noise` · 1.4826 · MAD, where MAD is the median
-    absolute deviation from that median: 1.4826·MAD estimates a standard deviation, whatever single snapshots do. A
-    steady rise widens the MAD and raises nothing; a level that has lasted ten snapshots is the new median, and releases
-    it.
+    batch is; of state 0, `inter_token` itself. The value is that minus its median over the last 20 snapshots, once
+    there are `min_history`. Its threshold is the larger of `threshold` and `noise` · 1.4826 · MAD, where MAD is the
+    median absolute deviation from that median: 1.4826·MAD estimates a standard deviation, whatever single snapshots
+    do. A steady rise widens the MAD and raises nothing; a level that has lasted ten snapshots is the new median, and
+    releases it.
 
     **Source.** Our convention. In the models of `repflow demo` the value stays below .1 once there is a history.
 

@@ -2,16 +2,18 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from repflow.monitor import AlertWarning, find_residual_stream
-from repflow.monitor.signatures import DEFAULT
+from repflow.monitor import AlertWarning, RepflowWarning, find_residual_stream
+from repflow.monitor.alert import Severity
+from repflow.monitor.signatures import DEFAULT, Signature
+from tests.monitor.signatures.training import BLOCKS
 
-BLOCKS = 6
 FAMILIES = ("transformer", "ssm", "hybrid")
 AFTER = 25
 """Steps after a healthy run: five snapshots, a fault being there from the second on."""
@@ -179,11 +181,28 @@ def test_nan_that_an_update_has_spread_is_said_to_hide_its_layer(healthy):
     assert "state 0, what enters the first block" in alert.message and "an update spread them" in alert.message
 
 
-def test_training_is_bit_for_bit_that_without_signatures(healthy):
-    """Losses, also where one of the rules fails at every snapshot."""
+@dataclass(frozen=True, kw_only=True)
+class Broken(Signature):
+    name: str = "broken"
+    severity: Severity = "info"
+    patience: int = 1
+    warmup_steps: int = 0
+    threshold: float = 0.0
+    release: float = 0.0
+
+    def read(self, snapshot, blocks, past):
+        raise LookupError("no such value")
+
+
+def test_training_is_bit_for_bit_that_without_signatures_also_if_one_fails(healthy):
     plain = healthy("transformer").copy().run(10, signatures=())
     assert plain.snapshots[-1].signatures == {}
-    judged = healthy("transformer").copy().run(10)
+    with pytest.warns(RepflowWarning) as caught:
+        judged = healthy("transformer").copy().run(10, signatures=(Broken(), *DEFAULT))
+    (warning,) = caught
+    assert "'broken' failed at step 240 and is left out for the rest of the run" in str(warning.message)
+    assert "LookupError: no such value" in str(warning.message)
+    assert judged.snapshots[-1].signatures["broken"] is False
     assert plain.losses == judged.losses
     for mine, other in zip(plain.model.parameters(), judged.model.parameters(), strict=True):
         assert torch.equal(mine, other)
