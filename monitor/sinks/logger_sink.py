@@ -90,7 +90,7 @@ class LoggerSink(AbstractSink):
         if not _among(logger, self._defined):
             self._defined.append(logger)
             define_keys(logger.experiment, items, num_states=len(snapshot.inter_token))
-        return {STEP: snapshot.step, **items}
+        return {STEP: float(snapshot.step), **items}
 
     def _working(self) -> list[Any]:
         """The loggers that have not failed."""
