@@ -22,7 +22,8 @@ class DeadBlocks(Signature):
     that only scales the state counts, too: the norm before the next block undoes it.
 
     **Source.** Our convention: .9999 is a turn of less than one degree. In the models of `repflow demo` the largest
-    value is .998. Deeper models have smaller updates: with 64 blocks or more look at the curve before trusting the default.
+    value is .998. Deeper models have smaller updates: with 64 blocks or more look at the curve before trusting the
+    default.
 
     **How to read it.** The block's parameters and its time are spent for nothing. Blocks whose last projection begins
     at zero do nothing at first, on purpose; the warm-up leaves that out.

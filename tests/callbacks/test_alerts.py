@@ -21,9 +21,9 @@ class DeadAtTheEnd(Model):
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
-        last = self.model.gpt_neox.layers[2]
-        for layer in (last.attention.dense, last.mlp.dense_4h_to_h):
-            for parameter in layer.parameters():
+        last = self.model.get_submodule("gpt_neox.layers.2")
+        for name in ("attention.dense", "mlp.dense_4h_to_h"):
+            for parameter in last.get_submodule(name).parameters():
                 parameter.data.zero_()
                 parameter.requires_grad_(False)
 
@@ -63,10 +63,10 @@ def test_a_checkpoint_of_before_there_were_alerts_is_resumed(tmp_path):
 
 def test_early_stopping_ends_a_run_whose_values_are_not_finite(tmp_path):
     class Breaks(Model):
-        def on_train_batch_start(self, batch, index):
+        def on_train_batch_start(self, batch, batch_idx):
             if self.global_step == 3:
                 with torch.no_grad():
-                    next(self.model.gpt_neox.layers[1].parameters()).fill_(torch.nan)
+                    next(self.model.get_submodule("gpt_neox.layers.1").parameters()).fill_(torch.nan)
 
     stop = EarlyStopping("repflow/alerts/nonfinite", stopping_threshold=2, divergence_threshold=0.5, patience=99)
     monitor = RepresentationMonitor(every_n_steps=1, sinks=[])

@@ -15,7 +15,7 @@ def test_the_page_is_up_to_date():
 
 @pytest.mark.parametrize("rule", [*DEFAULT, ProbingDrop()], ids=lambda rule: rule.name)
 def test_every_signature_says_rule_source_reading_and_remedy(rule):
-    doc = type(rule).__doc__
+    doc = type(rule).__doc__ or ""
     assert all(part in doc for part in ("**Rule.**", "**Source.**", "**How to read it.**"))
     assert len(rule.suggestion) > 40
     (section,) = re.findall(rf"^## {rule.name}\n(.*?)(?=^## |\Z)", page(), re.MULTILINE | re.DOTALL)

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -250,13 +250,16 @@ def test_a_rule_of_ones_own():
     [
         (lambda: NonFinite(name="Non Finite"), "`NonFinite`: expected a name of lower-case letters, digits and under"),
         (lambda: NonFinite(name=""), "expected a name of lower-case letters, digits and underscores, got ''"),
-        (lambda: NonFinite(severity="bad"), "expected severity among 'info', 'warning', 'error', got 'bad'"),
+        (lambda: NonFinite(severity=cast(Any, "bad")), "expected severity among 'info', 'warning', 'error', got 'bad'"),
         (lambda: NonFinite(patience=0), "expected patience to be 1 snapshot or more, got 0"),
         (lambda: NonFinite(warmup_steps=-1), "expected warmup_steps to be 0 optimizer steps or more, got -1"),
         (lambda: DeadBlocks(threshold=math.nan), "expected threshold to be a finite number, got nan"),
         (lambda: DeadBlocks(threshold=0.9), "`DeadBlocks`: expected release to be at most the threshold 0.9, got"),
         (lambda: EarlyOversmoothing(depth=0), "expected depth to be above 0 and at most 1, got 0"),
-        (lambda: EarlyOversmoothing(kinds="ssm"), "expected kinds to be a tuple of kinds of blocks, got 'ssm'"),
+        (
+            lambda: EarlyOversmoothing(kinds=cast(Any, "ssm")),
+            "expected kinds to be a tuple of kinds of blocks, got 'ssm'",
+        ),
         (lambda: CollapseOnset(min_history=21), "expected min_history to be from 1 to 20, got 21"),
         (lambda: RedundantLayers(min_blocks=0), "expected min_blocks to be 1 block or more, got 0"),
         (lambda: RedundantLayers(share=2.0), "expected share to be from 0 to 1, got 2.0"),

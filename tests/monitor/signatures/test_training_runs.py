@@ -1,16 +1,22 @@
 """The default signatures on real training runs: healthy ones, and the same with a fault planted in them."""
 
+import argparse
+import io
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
-from repflow.monitor import AlertWarning, RepflowWarning, find_residual_stream
+from repflow.monitor import AlertWarning, RepflowWarning, find_residual_stream, open_run
 from repflow.monitor.alert import Severity
+from repflow.monitor.demo.options import Demo
+from repflow.monitor.demo.run import run_demo
 from repflow.monitor.signatures import DEFAULT, Signature
 from tests.monitor.signatures.training import BLOCKS
 
@@ -28,6 +34,22 @@ def test_a_healthy_run_raises_nothing_and_everything_was_judged(healthy, family)
     state = run.state["signatures"]
     assert len(state["collapse_onset"]["past"]) == 8 and len(state["norm_explosion"]["past"]) == 20
     assert all(seen["streaks"] == [0] * (BLOCKS + 1) for seen in state.values())
+
+
+def test_the_demo_raises_nothing(tmp_path, monkeypatch):
+    """The models of `repflow demo --quick` for as many steps, on less text: norms grow, and similarity has its peak."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    whole = Demo.of_size("small", quick=True, text=Path(argparse.__file__), folder=tmp_path)
+    demo = replace(whole, recipe=replace(whole.recipe, sequence=32, batch=4))
+    console = Console(file=io.StringIO())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AlertWarning)
+        assert run_demo(demo, console).exit_code == 0
+    assert [model.name for model in demo.models] == list(FAMILIES)
+    for model in demo.models:
+        run = open_run(demo.run_file(model))
+        assert run.sizes["step"] == 11 and run.attrs["alerts"] == "[]"
+        assert float(run["inter_token"].max()) > 0.7 and float(run["norms"].max()) > 20
 
 
 def block(model: nn.Module, index: int) -> nn.Module:

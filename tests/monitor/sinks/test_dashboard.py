@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from typer.testing import CliRunner
 
 from repflow.monitor.cli import app
@@ -90,7 +89,6 @@ def test_without_the_package_the_error_names_the_extra():
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.usefixtures("untyped")
 def test_ids_are_the_same_every_time():
     first, second = (dashboard.dashboard_spec(dashboard.build_dashboard("try")) for _ in range(2))
     assert first == second
