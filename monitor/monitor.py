@@ -246,7 +246,7 @@ class Monitor:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`, before the first step; keys that are missing or unknown are passed over."""
-        self._signatures.load_state_dict(state_dict.get("signatures", {}))
+        self._run(self._signatures.load_state_dict, state_dict.get("signatures", {}))
 
     def discard(self) -> None:
         """Drop the step being recorded, as when its body raises."""

@@ -1,6 +1,7 @@
 """What a failure signature is: a rule that reads a value of every state out of a snapshot, and a limit to it."""
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from repflow.monitor.alert import Severity
+from repflow.monitor.alert import TITLE_CHARACTERS, Severity
 from repflow.monitor.snapshot import BlockInfo, Snapshot
 
 
@@ -34,8 +35,8 @@ class Signature(ABC):
     so once, and can be raised again only after all values were at or below the release.
 
     Raises:
-        TypeError: a number that is none.
-        ValueError: a name, severity or number out of its range.
+        TypeError: a number that is none, or a class without its texts.
+        ValueError: a name, title, severity or number out of its range.
     """
 
     name: str
@@ -61,15 +62,11 @@ class Signature(ABC):
     """How many past snapshots `read` is given."""
 
     def __post_init__(self) -> None:
-        plain = self.name.replace("_", "a")
-        if not (plain.isascii() and plain.isalnum() and plain == plain.lower()):
-            raise ValueError(
-                f"`{type(self).__name__}`: expected a name of lower-case letters, digits and underscores, "
-                f"got {self.name!r}"
-            )
-        if self.severity not in get_args(Severity):
-            known = ", ".join(map(repr, get_args(Severity)))
-            raise ValueError(f"`{type(self).__name__}`: expected severity among {known}, got {self.severity!r}")
+        self._check_texts()
+        good = re.fullmatch("[a-z0-9_]+", self.name) is not None
+        self.check("name", good, "of lower-case letters, digits and underscores")
+        known = get_args(Severity)
+        self.check("severity", self.severity in known, f"one of {', '.join(map(repr, known))}")
         for entry in fields(self):
             value = getattr(self, entry.name)
             if isinstance(entry.default, int | float) and not isinstance(value, int | float):
@@ -78,6 +75,14 @@ class Signature(ABC):
         self.check("warmup_steps", self.warmup_steps >= 0, "0 optimizer steps or more")
         self.check("threshold", math.isfinite(self.threshold), "a finite number")
         self.check("release", self.release <= self.threshold, f"at most the threshold {self.threshold:g}")
+
+    def _check_texts(self) -> None:
+        for text in ("title", "reading", "suggestion"):
+            if not isinstance(getattr(self, text, None), str):
+                raise TypeError(f"`{type(self).__name__}`: expected a class variable {text}, a text; it has none")
+        if len(self.title) > TITLE_CHARACTERS:
+            longest = f"a title of at most {TITLE_CHARACTERS} characters"
+            raise ValueError(f"`{type(self).__name__}`: expected {longest}, got {self.title!r}")
 
     def check(self, field: str, good: bool, expected: str) -> None:
         """Refuse the value of a field.

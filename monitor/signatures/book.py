@@ -1,7 +1,7 @@
 """`SignatureBook`: the signatures of one run, and what they have seen so far."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
 from typing import Any
 
@@ -79,7 +79,8 @@ class SignatureBook:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`. Signatures that it does not know begin anew; others that it knows are ignored."""
         for name in self._seen.keys() & state.keys():
-            self._seen[name] = _Seen(**state[name])
+            known = {entry.name: state[name][entry.name] for entry in fields(_Seen) if entry.name in state[name]}
+            self._seen[name] = _Seen(**known)
 
 
 def _judge(signature: Signature, seen: _Seen, snapshot: Snapshot, blocks: Sequence[BlockInfo]) -> Alert | None:
@@ -91,7 +92,7 @@ def _judge(signature: Signature, seen: _Seen, snapshot: Snapshot, blocks: Sequen
     reading = signature.read(snapshot, blocks, past)
     if reading is None:
         return None
-    if reading.remember is not None:
+    if reading.remember is not None and signature.history:
         seen.past = [*seen.past, reading.remember.tolist()][-signature.history :]
     threshold = torch.full_like(reading.values, signature.threshold) if reading.threshold is None else reading.threshold
     measured = ~reading.values.isnan()

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, cast
 import pytest
 import torch
 
-from repflow.monitor import Alert, Monitor, MonitorConfig, Signature, Snapshot
+from repflow.monitor import Alert, Monitor, MonitorConfig, RepflowWarning, Signature, Snapshot
 from repflow.monitor.alert import Severity
 from repflow.monitor.signatures import (
     DEFAULT,
@@ -248,9 +248,15 @@ def test_a_rule_of_ones_own():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: NonFinite(name="Non Finite"), "`NonFinite`: expected a name of lower-case letters, digits and under"),
-        (lambda: NonFinite(name=""), "expected a name of lower-case letters, digits and underscores, got ''"),
-        (lambda: NonFinite(severity=cast(Any, "bad")), "expected severity among 'info', 'warning', 'error', got 'bad'"),
+        (
+            lambda: NonFinite(name="Non Finite"),
+            "`NonFinite`: expected name to be of lower-case letters, digits and under",
+        ),
+        (lambda: NonFinite(name=""), "expected name to be of lower-case letters, digits and underscores, got ''"),
+        (
+            lambda: NonFinite(severity=cast(Any, "bad")),
+            "expected severity to be one of 'info', 'warning', 'error', got 'bad'",
+        ),
         (lambda: NonFinite(patience=0), "expected patience to be 1 snapshot or more, got 0"),
         (lambda: NonFinite(warmup_steps=-1), "expected warmup_steps to be 0 optimizer steps or more, got -1"),
         (lambda: DeadBlocks(threshold=math.nan), "expected threshold to be a finite number, got nan"),
@@ -258,7 +264,7 @@ def test_a_rule_of_ones_own():
         (lambda: EarlyOversmoothing(depth=0), "expected depth to be above 0 and at most 1, got 0"),
         (
             lambda: EarlyOversmoothing(kinds=cast(Any, "ssm")),
-            "expected kinds to be a tuple of kinds of blocks, got 'ssm'",
+            "expected kinds to be a tuple of kinds of blocks",
         ),
         (lambda: CollapseOnset(min_history=21), "expected min_history to be from 1 to 20, got 21"),
         (lambda: RedundantLayers(min_blocks=0), "expected min_blocks to be 1 block or more, got 0"),
@@ -278,6 +284,31 @@ def test_a_bad_value_says_what_was_expected(make, message):
 def test_text_in_place_of_a_number_is_refused():
     with pytest.raises(TypeError, match="`DeadBlocks`: expected patience to be a number, got '3'"):
         DeadBlocks(patience="3")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_rule_without_its_texts_or_with_too_long_a_title_is_refused_at_once():
+    @dataclass(frozen=True, kw_only=True)
+    class Untitled(Shrinking):
+        title: ClassVar[Any] = None
+
+    @dataclass(frozen=True, kw_only=True)
+    class Endless(Shrinking):
+        title: ClassVar[str] = "x" * 64
+
+    with pytest.raises(TypeError, match="`Untitled`: expected a class variable title, a text"):
+        Untitled()
+    with pytest.raises(ValueError, match="`Endless`: expected a title of at most 63 characters"):
+        Endless()
+
+
+def test_a_state_that_is_damaged_ends_monitoring_and_not_the_run():
+    monitor = Monitor(toy.Toy(), MonitorConfig(every_n_steps=1))
+    with pytest.warns(RepflowWarning, match="stopped monitoring"):
+        monitor.load_state_dict({"signatures": {"nonfinite": 3}})
+    monitor.close()
+    book = SignatureBook([NonFinite()])
+    book.load_state_dict({"nonfinite": {"raised": True, "of a later version": 1}})
+    assert book.raised == {"nonfinite": True}
 
 
 def test_titles_fit_wandb_and_names_are_unlike():

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -211,6 +211,10 @@ class Broken(Signature):
     warmup_steps: int = 0
     threshold: float = 0.0
     release: float = 0.0
+
+    title: ClassVar[str] = "Never"
+    reading: ClassVar[str] = "nothing"
+    suggestion: ClassVar[str] = "None"
 
     def read(self, snapshot, blocks, past):
         raise LookupError("no such value")
