@@ -99,6 +99,7 @@ class NormExplosion(Signature):
     def read(self, snapshot: Snapshot, blocks: Sequence[BlockInfo], past: Float64[Tensor, "N S"]) -> Reading | None:
         """See `Signature.read`."""
         logarithm = snapshot.norms.log()
+        logarithm = logarithm.masked_fill(logarithm.isinf(), torch.nan)  # of states that are zero, as some begin
         if len(past) < self.min_history:
             return Reading(values=torch.full_like(logarithm, torch.nan), remember=logarithm)
         median, spread = usual(past)

@@ -170,6 +170,14 @@ def test_norms_that_grow_by_a_factor_are_told_from_an_explosion():
     assert 9 < alert.value < 11
 
 
+def test_states_that_begin_at_zero_have_not_exploded():
+    norms = [[1.0] * 5 + [norm] * 4 for norm in [0.0] * 10 + [0.5] * 10]
+    book = SignatureBook([NormExplosion()])
+    assert judge(NormExplosion(), [snapshot(i, norms=row) for i, row in enumerate(norms)], book) == []
+    past = book.state_dict()["norm_explosion"]["past"]
+    assert math.isnan(past[0][8]) and past[-1][8] == math.log(0.5)
+
+
 def test_a_run_of_layers_is_what_trying_every_window_finds():
     generator = torch.Generator().manual_seed(3)
     for r in (1, 3, 5):
