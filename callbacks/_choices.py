@@ -93,6 +93,11 @@ class Choices:
         )
 
 
+def run_file_of(sinks: Sequence[AbstractSink]) -> RunFileSink | None:
+    """The sink that writes the run file, of which loggers may keep a copy."""
+    return next((sink for sink in sinks if isinstance(sink, RunFileSink)), None)
+
+
 def _is_plain(value: object) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))

@@ -6,7 +6,7 @@ from typing import Any
 
 from repflow._imports import PILLOW
 from repflow.monitor import RunInfo, Snapshot
-from repflow.monitor.sinks import AbstractSink, FanOutSink, LoggerSink, WandbSink
+from repflow.monitor.sinks import AbstractSink, FanOutSink, LoggerSink, RunFileSink, WandbSink
 from repflow.monitor.sinks._keys import StateChoice
 
 
@@ -19,12 +19,20 @@ class ReporterSink(AbstractSink):
         callbacks: gives those of the Trainer.
         states: which states become scalars.
         to_wandb: False where another sink logs to W&B already.
+        run_file: the sink whose file becomes an artifact of the W&B run.
     """
 
-    def __init__(self, callbacks: Callable[[], Iterable[object]], states: StateChoice, *, to_wandb: bool) -> None:
+    def __init__(
+        self,
+        callbacks: Callable[[], Iterable[object]],
+        states: StateChoice,
+        *,
+        to_wandb: bool,
+        run_file: RunFileSink | None = None,
+    ) -> None:
         self._callbacks = callbacks
         self._states: StateChoice = states
-        self._to_wandb = to_wandb
+        self._to_wandb, self._run_file = to_wandb, run_file
         self._writers: list[Any] = []
         self._sink = FanOutSink(())
 
@@ -36,9 +44,8 @@ class ReporterSink(AbstractSink):
         sinks: list[AbstractSink] = []
         wandb_run = getattr(sys.modules.get("wandb"), "run", None)  # where one is open, wandb has been imported
         if self._to_wandb and wandb_run is not None:
-            sinks.append(
-                WandbSink(wandb_run, states=self._states, heatmaps=bool(PILLOW), also_step="train/global_step")
-            )
+            options: dict[str, Any] = {"heatmaps": bool(PILLOW), "run_file": self._run_file}
+            sinks.append(WandbSink(wandb_run, states=self._states, also_step="train/global_step", **options))
         boards = [callback for callback in self._callbacks() if isinstance(callback, TensorBoardCallback)]
         self._writers = [board.tb_writer for board in boards if board.tb_writer is not None]
         if self._writers:

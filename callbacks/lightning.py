@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from repflow._imports import LIGHTNING, PYTORCH_LIGHTNING, require
-from repflow.callbacks._choices import Choices
+from repflow.callbacks._choices import Choices, run_file_of
 from repflow.monitor import Monitor, MonitorConfig, RunInfo, Snapshot
 from repflow.monitor.sinks import AbstractSink, LoggerSink
 from repflow.monitor.sinks._keys import StateChoice, scalar_items
@@ -36,7 +36,8 @@ class RepresentationMonitor(Callback):
     Snapshots go to a run file, to all of the trainer's loggers, and into `trainer.callback_metrics` under the same keys
     (`repflow/inter_token/state_00`, `repflow/v_loc`, …), so that EarlyStopping and ModelCheckpoint can use them. Steps
     are optimizer steps, as the trainer's own metrics count them. The loss that `training_step` returns is kept with
-    each snapshot. The Trainer may be that of `lightning.pytorch` or of `pytorch_lightning`.
+    each snapshot. Alerts (see `MonitorConfig.signatures`) go there, too, and to the terminal. A W&B logger gets the run
+    file as an artifact at the end. The Trainer may be that of `lightning.pytorch` or of `pytorch_lightning`.
 
     Args:
         config: what to measure. Its fields may be given as keywords instead: `RepresentationMonitor(every_n_steps=10)`.
@@ -76,7 +77,7 @@ class RepresentationMonitor(Callback):
         self.config = self._choices.config
         self.monitor: Monitor | None = None
         """The engine, from the start of fitting on."""
-        self._resumed_name: str | None = None  # of the run whose checkpoint is being continued
+        self._resumed: dict[str, Any] = {}  # the state of the run whose checkpoint is being continued
         self._open: AbstractContextManager[None] | None = None
         self._scalars = _CallbackMetricsSink()
 
@@ -96,13 +97,16 @@ class RepresentationMonitor(Callback):
         if self._choices.sinks is None and getattr(trainer, "fast_dev_run", False):
             own = []
         self._scalars = _CallbackMetricsSink(trainer if trainer.world_size == 1 else None)
+        run_file = run_file_of(own)
+        loggers = LoggerSink(lambda: trainer.loggers, states=self._choices.log_states, run_file=run_file)
         self.monitor = self._choices.monitor(
             pl_module,
-            [*own, LoggerSink(lambda: trainer.loggers, states=self._choices.log_states), self._scalars],
+            [*own, loggers, self._scalars],
             compiled=getattr(pl_module, "_compiler_ctx", None) is not None,  # the trainer passes on what is inside
-            name=self._resumed_name,
+            name=self._resumed.get("name"),
         )
-        self._resumed_name = None
+        self.monitor.load_state_dict(self._resumed.get("monitor", {}))
+        self._resumed = {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Open the optimizer step that this micro-batch belongs to."""
@@ -145,12 +149,14 @@ class RepresentationMonitor(Callback):
             self._close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The name of the run, under which a resumed run goes on in the same file."""
-        return {"name": self.monitor.run.name if self.monitor is not None else self._choices.name}
+        """The name of the run, under which a resumed run goes on in the same file, and what raised alerts."""
+        if self.monitor is None:
+            return {"name": self._choices.name}
+        return {"name": self.monitor.run.name, "monitor": self.monitor.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the run of the checkpoint."""
-        self._resumed_name = state_dict["name"]
+        self._resumed = dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy does not take the running engine along."""

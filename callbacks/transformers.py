@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from repflow._imports import TRANSFORMERS, require
-from repflow.callbacks._choices import Choices
+from repflow.callbacks._choices import Choices, run_file_of
 from repflow.callbacks._reporters import ReporterSink
 from repflow.monitor import Monitor, MonitorConfig
 from repflow.monitor.sinks import AbstractSink, WandbSink
@@ -104,6 +104,7 @@ class RepresentationMonitorCallback(TrainerCallback, ExportableState):
             _callbacks_of(self._trainer),
             self._choices.log_states,
             to_wandb=not any(isinstance(sink, WandbSink) for sink in own),
+            run_file=run_file_of(own),
         )
         self.monitor = self._choices.monitor(
             model,
@@ -111,6 +112,7 @@ class RepresentationMonitorCallback(TrainerCallback, ExportableState):
             compiled=args.torch_compile,  # around the model that callbacks are shown
             name=saved.get("name") or self._trial_name(state),
         )
+        self.monitor.load_state_dict(saved.get("monitor", {}))
         self._finalizer = weakref.finalize(self, _abandon, self.monitor)
 
     def on_step_begin(
@@ -167,13 +169,12 @@ class RepresentationMonitorCallback(TrainerCallback, ExportableState):
         self.close()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the arguments that JSON can hold, the name of the run, and whose it is."""
+        """What a checkpoint keeps: the arguments that JSON can hold, the run's name and alerts, and whose it is."""
         arguments, lost = self._choices.plain()
-        name = self._choices.name if self.monitor is None else self.monitor.run.name
-        return {
-            "args": arguments,
-            "attributes": {"saved": {"key": self._choices.key(), "lost": lost, "name": name}},
-        }
+        saved = {"key": self._choices.key(), "lost": lost, "name": self._choices.name}
+        if self.monitor is not None:
+            saved |= {"name": self.monitor.run.name, "monitor": self.monitor.state_dict()}
+        return {"args": arguments, "attributes": {"saved": saved}}
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy does not take the running engine along."""

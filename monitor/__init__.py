@@ -7,16 +7,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from repflow.monitor.alert import Alert
     from repflow.monitor.config import MonitorConfig
     from repflow.monitor.metrics import AdjacentLayerSimilarity, InterTokenSimilarity, LayerCKA, LayerVariation
     from repflow.monitor.monitor import Monitor
     from repflow.monitor.residual_stream import ResidualStream, find_residual_stream
+    from repflow.monitor.signatures import Signature
     from repflow.monitor.sinks import open_run
     from repflow.monitor.snapshot import RunInfo, Snapshot
-    from repflow.monitor.warning import RepflowWarning
+    from repflow.monitor.warning import AlertWarning, RepflowWarning
 
 _HOMES = {
     "AdjacentLayerSimilarity": "metrics",
+    "Alert": "alert",
+    "AlertWarning": "warning",
     "InterTokenSimilarity": "metrics",
     "LayerCKA": "metrics",
     "LayerVariation": "metrics",
@@ -25,6 +29,7 @@ _HOMES = {
     "RepflowWarning": "warning",
     "ResidualStream": "residual_stream",
     "RunInfo": "snapshot",
+    "Signature": "signatures",
     "Snapshot": "snapshot",
     "find_residual_stream": "residual_stream",
     "open_run": "sinks",
@@ -32,6 +37,8 @@ _HOMES = {
 
 __all__ = [
     "AdjacentLayerSimilarity",
+    "Alert",
+    "AlertWarning",
     "InterTokenSimilarity",
     "LayerCKA",
     "LayerVariation",
@@ -40,6 +47,7 @@ __all__ = [
     "RepflowWarning",
     "ResidualStream",
     "RunInfo",
+    "Signature",
     "Snapshot",
     "find_residual_stream",
     "open_run",

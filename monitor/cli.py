@@ -222,6 +222,28 @@ def inspect(
         _show_stream(model, stream, blocks)
 
 
+@app.command()
+def dashboard(
+    project: Annotated[str, typer.Option(help="W&B project whose runs it shows.")] = "repflow",
+    entity: Annotated[str, typer.Option(help="User or team that the project belongs to; needed to save.")] = "",
+    name: Annotated[str, typer.Option(help="Name of the workspace.")] = "repflow",
+    save: Annotated[bool, typer.Option("--save", help="Save it to W&B as a new view, and print its address.")] = False,
+) -> None:
+    """Make a W&B workspace for monitored runs: overview, depth, CKA and alerts.
+
+    Without --save nothing is sent: the specification is printed as JSON.
+    """
+    with _without_traceback():
+        from repflow.monitor.sinks.dashboard import build_dashboard, dashboard_spec, save_dashboard
+
+        if save and not entity:
+            raise typer.BadParameter("expected the user or team that the project belongs to", param_hint="--entity")
+        if save:
+            typer.echo(save_dashboard(project, entity=entity, name=name))
+        else:
+            typer.echo(dashboard_spec(build_dashboard(project, entity=entity, name=name)))
+
+
 def _show_stream(model: str, stream: str | None, blocks: str | None) -> None:
     from rich.console import Console
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+from repflow.monitor.signatures import DEFAULT, Signature
 from repflow.triton_kernels.hsic import Estimator
 
 Metric = Literal["inter_token", "adjacent", "variation", "cka", "ssm"]
@@ -68,6 +69,8 @@ class MonitorConfig:
 
     Every rank then needs a `Monitor` with the same choices. False: each rank measures its own part.
     """
+    signatures: Literal["default"] | tuple[Signature, ...] = "default"
+    """Which failure signatures raise alerts; see `repflow.monitor.signatures`. `()`: none."""
 
     def __post_init__(self) -> None:
         for name, smallest in _SMALLEST.items():
@@ -90,6 +93,9 @@ class MonitorConfig:
             _check_choice("metrics", metric, get_args(Metric))
         _check_choice("states", self.states, get_args(StatesConvention))
         _check_choice("cka_estimator", self.cka_estimator, get_args(Estimator))
+        _check_signatures(self.signatures)
+        if self.signatures != "default":
+            object.__setattr__(self, "signatures", tuple(self.signatures))
         if not (self.compiled == "auto" or isinstance(self.compiled, bool)):
             raise ValueError(f'`MonitorConfig`: expected compiled to be "auto", True or False, got {self.compiled!r}')
 
@@ -114,9 +120,14 @@ class MonitorConfig:
             )
         return config or cls(**options)
 
+    @property
+    def rules(self) -> tuple[Signature, ...]:
+        """The failure signatures that `signatures` stands for."""
+        return DEFAULT if self.signatures == "default" else self.signatures
+
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain values."""
-        return asdict(self)
+        """All fields as plain values, the signatures with theirs."""
+        return asdict(self) | {"signatures": [rule.to_dict() for rule in self.rules]}
 
 
 _SMALLEST = {
@@ -138,3 +149,23 @@ _HINTS = {
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"`MonitorConfig`: expected {name} among {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_signatures(signatures: object) -> None:
+    remedy = 'write "default", () for none, or some such as (NonFinite(), CollapseOnset(patience=5))'
+    if signatures == "default":
+        return
+    if not isinstance(signatures, tuple | list):
+        raise TypeError(f"`MonitorConfig`: expected signatures as a tuple, got {signatures!r}; {remedy}")
+    names: list[str] = []
+    for rule in signatures:
+        if not isinstance(rule, Signature):
+            raise TypeError(
+                f"`MonitorConfig`: expected every one of signatures to be a Signature, got {rule!r}; {remedy}"
+            )
+        names.append(rule.name)
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"`MonitorConfig`: expected signatures of different names, got {', '.join(twice)} more than once; "
+            "give one of them another name="
+        )

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from repflow.monitor.ranks import is_first_rank
 from repflow.monitor.residual_stream import ResidualStream, find_residual_stream
 from repflow.monitor.run_info import describe_run
 from repflow.monitor.sampling import Schedule, Selection, select
+from repflow.monitor.signatures import SignatureBook
 from repflow.monitor.sinks import AbstractSink, FanOutSink
 from repflow.monitor.snapshot import RunInfo, Snapshot
 from repflow.monitor.ssm import DecayTaps
@@ -99,8 +100,17 @@ class Monitor:
         self._is_open = False
         self._cut_off = False  # by an exception: whether the other ranks go on is unknown
         resident = is_compiled(model) if self.config.compiled == "auto" else self.config.compiled
+        self._signatures = SignatureBook(self.config.rules)
         self._publication = Publication(
-            self.run, self.stream, self.config, self._sink, process_group, resident, self._warn, weakly(self._stop)
+            self.run,
+            self.stream,
+            self.config,
+            self._sink,
+            self._signatures,
+            group=process_group,
+            resident=resident,
+            warn=self._warn,
+            failed=weakly(self._stop),
         )
         self._decays = DecayTaps(
             self.stream,
@@ -226,6 +236,14 @@ class Monitor:
         self._capture.buffer.release()
         self._publication.stopped = True
         self._run(self._sink.close)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint should keep, in plain values: with it, a resumed run does not raise its alerts again."""
+        return {"signatures": self._signatures.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`, before the first step; keys that are missing or unknown are passed over."""
+        self._run(self._signatures.load_state_dict, state_dict.get("signatures", {}))
 
     def discard(self) -> None:
         """Drop the step being recorded, as when its body raises."""

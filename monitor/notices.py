@@ -1,12 +1,14 @@
-"""What the sums of a step say about the measurement itself: why values are NaN, or a step must be left out."""
+"""What the sums of a step say about the measurement itself, such as why values are NaN; and alerts in the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from repflow.monitor.alert import Alert
 from repflow.monitor.delivery import MeasuredStep
 from repflow.monitor.ranks import Part
 from repflow.monitor.snapshot import RunInfo, Snapshot
+from repflow.monitor.warning import AlertWarning, warn
 from repflow.triton_kernels.hsic import MIN_TOKENS, Estimator
 
 ALONE = (
@@ -102,3 +104,9 @@ def different_steps(step: int, steps: Mapping[int, int]) -> str:
         f"left out step {step}: expected all ranks to publish the same step, got {dict(steps)} by rank; "
         "call step, publish and flush on all ranks alike"
     )
+
+
+def tell(alerts: Iterable[Alert]) -> None:
+    """Show alerts in the terminal, as warnings."""
+    for alert in alerts:
+        warn(str(alert), AlertWarning)

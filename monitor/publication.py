@@ -15,10 +15,12 @@ from repflow.monitor.notices import (
     recorded_nothing,
     short_sequences,
     silent_ranks,
+    tell,
     unread_decays,
 )
-from repflow.monitor.ranks import MAX_SCALARS, CollectiveError, Part, Ranks, find_ranks
+from repflow.monitor.ranks import MAX_SCALARS, CollectiveError, Part, Ranks, find_ranks, is_first_rank
 from repflow.monitor.residual_stream import ResidualStream
+from repflow.monitor.signatures import SignatureBook
 from repflow.monitor.sinks import AbstractSink
 from repflow.monitor.snapshot import RunInfo, Snapshot
 from repflow.monitor.warning import WarnOnce
@@ -35,6 +37,7 @@ class Publication:
         stream: its residual stream.
         config: what is measured.
         sink: where the snapshots go.
+        signatures: judges them.
         group: the ranks that share a batch; the default group if None.
         resident: whether the model is compiled, with taps in it.
         warn: says what is wrong with a step.
@@ -47,6 +50,8 @@ class Publication:
         stream: ResidualStream,
         config: MonitorConfig,
         sink: AbstractSink,
+        signatures: SignatureBook,
+        *,
         group: "torch.distributed.ProcessGroup | None",
         resident: bool,
         warn: WarnOnce,
@@ -60,7 +65,7 @@ class Publication:
         self.packed: bool | None = None
         """Whether integer masks tell documents apart, as far as what has arrived tells; None: not known yet."""
         self._run, self._stream, self._config, self._layout = run, stream, config, run.layout
-        self._sink, self._group, self._resident = sink, group, resident
+        self._sink, self._signatures, self._group, self._resident = sink, signatures, group, resident
         self._warn, self._failed = warn, failed
         self._started = False
         self._delivery = Delivery()
@@ -115,7 +120,8 @@ class Publication:
             if misread := misread_mask(step.number, sums):
                 self._warn(misread, key="misread mask")
                 continue
-            self.latest = step.snapshot(values, self._layout, self._stream.name, self.late_ms)
+            snapshot = step.snapshot(values, self._layout, self._stream.name, self.late_ms)
+            self.latest = self._signatures.judged(snapshot, self._run.blocks)
             self.late_ms = 0.0
             if left_out := documents_left_out(self.latest, sums, self._config.max_documents):
                 self._warn(left_out, key="documents")
@@ -127,6 +133,8 @@ class Publication:
                 self._started = True
                 self._sink.start(self._run)
             self._sink.write(self.latest)
+            if is_first_rank():
+                tell(self.latest.alerts)
 
     def forget(self) -> None:
         """Wait no more for what has not arrived."""

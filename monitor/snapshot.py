@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
+from repflow.monitor.alert import Alert
 from repflow.monitor.functional.cka import cka_from_hsic
 from repflow.monitor.functional.ssm import QUANTILES, RATE_BINS, ssm_values
 
@@ -262,6 +263,10 @@ class Snapshot:
     """What the training loop logged with the step, such as `loss`."""
     silent_ranks: tuple[int, ...] = ()
     """Ranks that measured nothing of this step: their batch was empty, or their monitor has failed."""
+    alerts: tuple[Alert, ...] = ()
+    """The failure signatures that this step raised; those raised before are not repeated."""
+    signatures: Mapping[str, bool] = field(default_factory=dict)
+    """Name of every signature that was judged -> whether it is raised at this step."""
     sums: Float64[Tensor, " size"]
     """The flat vector of sums behind the values, laid out by `SumLayout(S, ssm_blocks)`."""
 
@@ -296,6 +301,7 @@ class Snapshot:
     def to_dict(self) -> dict[str, Any]:
         """Every field but `sums` as plain Python numbers, strings, lists and dicts."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "sums"}
+        values["alerts"] = [alert.to_dict() for alert in self.alerts]
         return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in values.items()}
 
 

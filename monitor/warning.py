@@ -1,4 +1,4 @@
-"""The one warning class of repflow, and a way to warn that can never raise."""
+"""The warnings of repflow, and a way to warn that can never raise."""
 
 import sys
 import warnings
@@ -8,10 +8,14 @@ class RepflowWarning(RuntimeWarning):
     """Something could not be measured, stored or shown. Training is not affected."""
 
 
-def warn(message: str, stacklevel: int = 2) -> None:
+class AlertWarning(RepflowWarning):
+    """A failure signature was seen in the representations: an `Alert`, in one line."""
+
+
+def warn(message: str, category: type[RepflowWarning] = RepflowWarning, stacklevel: int = 2) -> None:
     """Warn, also where the user's filters turn warnings into exceptions: those must not reach the training loop."""
     try:
-        warnings.warn(f"repflow: {message}", RepflowWarning, stacklevel=stacklevel + 1)
+        warnings.warn(f"repflow: {message}", category, stacklevel=stacklevel + 1)
     except RepflowWarning as warning:
         print(f"{type(warning).__name__}: {warning}", file=sys.stderr)
 

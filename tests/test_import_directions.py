@@ -17,12 +17,22 @@ FILES = sorted(
 # A unit is a module or folder of the monitor. It may import the units of its own tier and of those above it here.
 TIERS = (
     {
-        *("config", "functional", "residual_stream", "sampling", "snapshot", "warning", "weakly"),
+        *(
+            "alert",
+            "config",
+            "functional",
+            "residual_stream",
+            "sampling",
+            "signatures",
+            "snapshot",
+            "warning",
+            "weakly",
+        ),
         *("parts", "readers", "wrappers"),  # what residual_stream knows of architectures
     },
     {
         *("accumulator", "buffer", "capture", "chain", "delivery", "masks", "metrics"),
-        *("notices", "positions", "ranks", "run_info", "signatures", "ssm", "taps"),
+        *("notices", "positions", "ranks", "run_info", "ssm", "taps"),
     },
     {"sinks"},
     {"publication"},
@@ -35,7 +45,7 @@ ENGINE = {"monitor"}
 GATHERED = ("Monitor", "MonitorConfig", "ResidualStream", "Snapshot", "find_residual_stream", "open_run")
 # Units that know less than their tier: a sink is given snapshots, and the report reads run files only.
 KNOWS_ONLY = {
-    "sinks": ("monitor.sinks", "monitor.snapshot", "monitor.warning"),
+    "sinks": ("monitor.sinks", "monitor.alert", "monitor.snapshot", "monitor.warning"),
     "report": ("monitor.report", "monitor.snapshot", "monitor.sinks.open_run"),
 }
 # What anything but the kernels may know: of the distribution itself, and how to warn.
@@ -107,7 +117,7 @@ def allowed(file: str, target: str) -> bool:
         return folder == "callbacks"
     if starts(target, "transformers.trainer", "transformers.trainer_callback", "transformers.trainer_utils"):
         return folder == "callbacks"
-    if starts(target, "wandb"):
+    if starts(target, "wandb", "wandb_workspaces"):
         return unit == "sinks"
     return folder == "triton_kernels" or not starts(target, "triton")
 

@@ -20,8 +20,8 @@ def scalar_items(snapshot: Snapshot, states: StateChoice = "auto", *, separator:
 
     A transition is named by the state that it starts from (`repflow/adjacent/transition_03` leads from state 3 to 4);
     those of the chosen states are given, and the last one for the last state. `ssm_decay` and `ssm_memory` are medians,
-    of the state-space blocks among those transitions. Numbers have two digits, three for more
-    than 100 states.
+    of the state-space blocks among those transitions. Numbers have two digits, three for more than 100 states.
+    `repflow/alerts/nonfinite` and the like are 1 while that signature is raised, else 0.
 
     Args:
         snapshot: What to show.
@@ -53,6 +53,8 @@ def scalar_items(snapshot: Snapshot, states: StateChoice = "auto", *, separator:
         if quantiles is not None:
             medians = quantiles[:, _MEDIAN]
             add(name, "transition", medians, [index for index in transitions if index in snapshot.ssm_blocks])
+    for name, raised in snapshot.signatures.items():
+        items[separator.join(("repflow", "alerts", name))] = float(raised)
     return items | {f"repflow{separator}{name}": value for name, value in _totals(snapshot).items()}
 
 

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from zlib import crc32
 
-from repflow.monitor.sinks._schema import COLUMNS, Record, RunFileError, identify
+from repflow.monitor.sinks._schema import COLUMNS, Record, RunFileError, has_alerts, identify
 from repflow.monitor.snapshot import RunInfo
 
 _LOCK_SECONDS = 10.0
@@ -123,13 +123,13 @@ def _attempts(db: sqlite3.Connection) -> tuple[dict[int, RunInfo], int]:
 
 def _records(db: sqlite3.Connection) -> tuple[list[Record], int | None]:
     """The whole rows, and how many were stored; None where that number is lost, too."""
-    stored = _stored(db)
+    stored, columns = _stored(db), COLUMNS if has_alerts(db) else COLUMNS.replace("alerts", "NULL")
     rows: list[tuple[Any, ...]] = []
     try:
-        rows.extend(db.execute(f"SELECT {COLUMNS} FROM snapshot ORDER BY id"))
+        rows.extend(db.execute(f"SELECT {columns} FROM snapshot ORDER BY id"))
     except sqlite3.DatabaseError:
         if stored is not None:
-            rows = list(_row_by_row(db, stored))
+            rows = list(_row_by_row(db, stored, columns))
     found = (Record.from_row(row) for row in rows)
     return [record for record in found if record is not None], stored
 
@@ -147,11 +147,11 @@ def _stored(db: sqlite3.Connection) -> int | None:
     return max(found, default=None)
 
 
-def _row_by_row(db: sqlite3.Connection, stored: int) -> Iterator[tuple[Any, ...]]:
+def _row_by_row(db: sqlite3.Connection, stored: int, columns: str) -> Iterator[tuple[Any, ...]]:
     """Every row that can be reached on its own, past those whose pages are damaged."""
     for number in range(1, stored + 1):
         try:
-            row = db.execute(f"SELECT {COLUMNS} FROM snapshot WHERE id = ?", (number,)).fetchone()
+            row = db.execute(f"SELECT {columns} FROM snapshot WHERE id = ?", (number,)).fetchone()
         except sqlite3.DatabaseError:
             continue
         if row is not None:

@@ -5,6 +5,7 @@ Only sums are stored, never values derived from them, so that any window of step
 
 import json
 import math
+import sqlite3
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,9 @@ from repflow.monitor.snapshot import RunInfo, Snapshot
 
 APPLICATION_ID = int.from_bytes(b"rflo", "big")
 """What SQLite's header says of the application: it tells a run file from any other database."""
-VERSION = 2
-"""Newest version of the format, SQLite's `user_version`; a file has the oldest that can hold it (see `version_of`)."""
+VERSION = 3
+"""Newest version of the format, SQLite's `user_version`; a file has the oldest that can hold it: see `version_of`, and
+`Record.version`."""
 
 _HEADER_BYTES = 100
 _MAGIC = b"SQLite format 3\x00"
@@ -35,9 +37,11 @@ TABLES = (
     "crc32 INTEGER NOT NULL)",
     "CREATE TABLE snapshot (id INTEGER PRIMARY KEY AUTOINCREMENT, attempt INTEGER NOT NULL, step INTEGER NOT NULL, "
     "written REAL NOT NULL, overhead_ms REAL, scalars TEXT NOT NULL, sums BLOB NOT NULL, "
-    "crc32 INTEGER NOT NULL, UNIQUE (attempt, step))",
+    "crc32 INTEGER NOT NULL, alerts TEXT, UNIQUE (attempt, step))",
 )
-COLUMNS = "attempt, step, written, overhead_ms, scalars, sums, crc32"
+COLUMNS = "attempt, step, written, overhead_ms, scalars, sums, alerts, crc32"
+ADD_ALERTS = "ALTER TABLE snapshot ADD COLUMN alerts TEXT"
+"""Brings a file that was begun before there were alerts up to date."""
 
 
 class RunFileError(ValueError):
@@ -57,6 +61,8 @@ class Record:
     """JSON object, name -> number."""
     sums: bytes
     """The flat vector of `SumLayout`, little-endian float64."""
+    alerts: bytes = b""
+    """JSON list of the alerts that the step raised; empty, and NULL in the file, where there is none."""
 
     @classmethod
     def of(cls, snapshot: Snapshot, *, attempt: int, written: float) -> "Record":
@@ -68,12 +74,13 @@ class Record:
             overhead_ms=float(snapshot.overhead_ms) if snapshot.overhead_ms == snapshot.overhead_ms else math.nan,
             scalars=json.dumps({name: float(value) for name, value in snapshot.scalars.items()}).encode(),
             sums=snapshot.sums.detach().numpy().astype("<f8", copy=False).tobytes(),
+            alerts=_alerts_as_json(snapshot),
         )
 
     @classmethod
     def from_row(cls, row: tuple[Any, ...]) -> "Record | None":
         """The record of a row of `COLUMNS`; None where it is damaged."""
-        attempt, step, written, overhead_ms, scalars, sums, checksum = row
+        attempt, step, written, overhead_ms, scalars, sums, alerts, checksum = row
         whole = (
             isinstance(attempt, int)
             and isinstance(step, int)
@@ -81,17 +88,24 @@ class Record:
             and isinstance(written, float)
             and isinstance(scalars, bytes)
             and isinstance(sums, bytes)
+            and (alerts is None or isinstance(alerts, bytes))
         )
         if not whole:
             return None
-        record = cls(attempt, step, written, math.nan if overhead_ms is None else overhead_ms, scalars, sums)
+        overhead_ms = math.nan if overhead_ms is None else overhead_ms
+        record = cls(attempt, step, written, overhead_ms, scalars, sums, alerts or b"")
         return record if record.checksum == checksum else None
 
     @property
+    def version(self) -> int:
+        """The version of the format that it needs: 3 has alerts."""
+        return 3 if self.alerts else 1
+
+    @property
     def checksum(self) -> int:
-        """CRC-32 of all the other columns."""
+        """CRC-32 of all the other columns; without alerts, that of versions which have none."""
         keys = _KEYS.pack(self.attempt, self.step, self.written, self.overhead_ms)
-        return crc32(self.sums, crc32(self.scalars, crc32(keys)))
+        return crc32(self.alerts, crc32(self.sums, crc32(self.scalars, crc32(keys))))
 
     def row(self) -> tuple[Any, ...]:
         """The values of `COLUMNS`."""
@@ -102,6 +116,7 @@ class Record:
             self.overhead_ms,
             self.scalars.decode(),
             self.sums,
+            self.alerts.decode() or None,
             self.checksum,
         )
 
@@ -113,6 +128,17 @@ class Record:
 def version_of(run: RunInfo) -> int:
     """The version that `run` needs: 2 has counts of decay rates among its sums."""
     return 2 if run.ssm_blocks else 1
+
+
+def _alerts_as_json(snapshot: Snapshot) -> bytes:
+    if not snapshot.alerts:
+        return b""
+    return json.dumps([alert.to_dict() for alert in snapshot.alerts], ensure_ascii=False).encode()
+
+
+def has_alerts(db: sqlite3.Connection) -> bool:
+    """Whether the file has a column for alerts: it was begun, or continued, by a version that knows them."""
+    return any(row[1] in ("alerts", b"alerts") for row in db.execute("PRAGMA table_info(snapshot)"))
 
 
 def identify(path: Path) -> None:

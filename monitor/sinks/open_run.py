@@ -53,8 +53,9 @@ def open_run(path: str | os.PathLike[str], *, window: int = 1, attempt: int | No
     position in the sequence) and, in a run with state-space blocks, `quantile` (levels from 0 to 1). Variables: the
     values of `Snapshot` under the same names, `local_variance` by state with NaN at both ends, `time` (Unix, s), and
     one for each of `Snapshot.scalars`, such as `loss`, NaN where a step has none; a scalar with the name of another
-    variable or dim gets the prefix `scalar_`. Attrs say what was monitored, and `warnings`, line by line, what is
-    missing; the same is warned of.
+    variable or dim gets the prefix `scalar_`. Attrs say what was monitored; `alerts` is a JSON list of the alerts that
+    were raised, by step, each an object with the fields of `Alert`; `warnings` says, line by line, what is missing,
+    which is warned of, too.
 
     A run that was resumed has several attempts. By default the latest has the say: what an earlier one measured at or
     after the first step of a later one is left out, and so are attempts with another number of states than the last.
@@ -82,7 +83,12 @@ def open_run(path: str | os.PathLike[str], *, window: int = 1, attempt: int | No
     for text in missing:
         warn(text)
     windows = [records[start : start + window] for start in range(0, len(records), window)]
-    attrs = {"attempt": number, "warnings": "\n".join(missing)}
+    alerts = [alert for record in records if record.alerts for alert in json.loads(record.alerts)]
+    attrs = {
+        "attempt": number,
+        "warnings": "\n".join(missing),
+        "alerts": json.dumps(alerts, ensure_ascii=False),
+    }
     return _dataset(file.attempts[number], file.attempts, windows, attrs)
 
 

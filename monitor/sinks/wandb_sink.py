@@ -14,6 +14,7 @@ from repflow.monitor.sinks._base import AbstractSink
 from repflow.monitor.sinks._keys import StateChoice, scalar_items
 from repflow.monitor.sinks._reading import copy_run_file
 from repflow.monitor.sinks._wandb_login import has_login
+from repflow.monitor.sinks._wandb_run import STEP, define_keys, send_alerts, summarised
 from repflow.monitor.sinks._worker import Worker
 from repflow.monitor.sinks.heatmap import Heatmap, HeatmapSeries
 from repflow.monitor.sinks.run_file import RunFileSink
@@ -32,7 +33,8 @@ class WandbSink(AbstractSink):
 
     Scalars are those of `scalar_items`, over `repflow/step`, the step that was measured: W&B's own step is left to the
     training loop. Heatmaps (`repflow/cka`, `repflow/inter_token`) are encoded in a thread and go out with a later call,
-    together with the step they show, `repflow/heatmap_step`. At the end the summary gets the last values of all states.
+    together with the step they show, `repflow/heatmap_step`. Alerts are sent as W&B's own. At the end the summary gets
+    the last values of all states, and the largest of `repflow/alerts/…`, `repflow/nonfinite` and `repflow/zero`.
 
     Args:
         run: The W&B run; by default the one that is active at `start`, or else a new one, which `close` finishes.
@@ -70,7 +72,7 @@ class WandbSink(AbstractSink):
         self._states: StateChoice = states
         self._max_images = max_images if heatmaps else 0
         self._run_file = run_file
-        self._step_keys = ("repflow/step",) if also_step is None else ("repflow/step", also_step)
+        self._step_keys = (STEP,) if also_step is None else (STEP, also_step)
         self._init_kwargs = init_kwargs
         self._run: wandb.Run | None = None
         self._own = False
@@ -91,8 +93,7 @@ class WandbSink(AbstractSink):
             active = wandb.init(**(defaults | self._init_kwargs))
         self._run = active
         self._run.config.update({"repflow": _described(run)}, allow_val_change=True)
-        self._run.define_metric("repflow/step", step_metric="repflow/step", hidden=True)
-        self._run.define_metric("repflow/*", step_metric="repflow/step")
+        self._run.define_metric("repflow/*", step_metric=STEP)
         self._last = None
         if self._max_images:
             self._start_heatmaps()
@@ -128,12 +129,10 @@ class WandbSink(AbstractSink):
 
     def _log(self, run: "wandb.Run", snapshot: Snapshot) -> None:
         items = scalar_items(snapshot, self._states)
-        if self._last is None and not self._own:
-            # The run may have a step for `*`, as Lightning's logger gives it, which wins over `repflow/*`: a metric
-            # defined by its full name wins over both.
-            for key in items:
-                run.define_metric(key, step_metric="repflow/step")
+        if self._last is None:
+            define_keys(run, items, num_states=len(snapshot.inter_token))
         run.log({**dict.fromkeys(self._step_keys, snapshot.step), **items, **self._ready()})
+        send_alerts(run, snapshot.alerts)
         self._last = snapshot
         if self._series is not None and (drawn := self._series.add(snapshot)):
             self._submit(drawn)
@@ -151,7 +150,7 @@ class WandbSink(AbstractSink):
         try:
             self._log_rest(run)
             if self._run_file is not None:
-                _save(run, self._run_file)
+                save_run_file(run, self._run_file)
         except UsageError as error:
             warn(
                 "the last images, the summary and the artifact did not reach W&B: the run cannot be logged to "
@@ -169,7 +168,8 @@ class WandbSink(AbstractSink):
             while images := self._ready():
                 run.log(images)
         if self._last is not None:
-            run.summary.update({"repflow/step": self._last.step, **scalar_items(self._last, "all")})
+            last = {key: value for key, value in scalar_items(self._last, "all").items() if not summarised(key)}
+            run.summary.update({STEP: self._last.step, **last})
 
     def _stop_worker(self) -> None:
         worker, self._worker, self._series = self._worker, None, None
@@ -234,7 +234,7 @@ def _described(run: RunInfo) -> Mapping[str, Any]:
     return asdict(run) | {"blocks": [asdict(block) for block in run.blocks], "num_states": run.num_states}
 
 
-def _save(run: "wandb.Run", run_file: str | os.PathLike[str] | RunFileSink) -> None:
+def save_run_file(run: "wandb.Run", run_file: str | os.PathLike[str] | RunFileSink) -> None:
     """Save a copy of the run file as an artifact: it is still being written if its sink is closed after this one."""
     import wandb
 

@@ -9,6 +9,7 @@ LIGHTNING = RequirementCache("lightning>=2.5")
 PYTORCH_LIGHTNING = RequirementCache("pytorch-lightning>=2.5")  # the same framework under its other import name
 TRANSFORMERS = RequirementCache("transformers>=5")
 WANDB = RequirementCache("wandb>=0.20")
+WANDB_WORKSPACES = RequirementCache("wandb-workspaces>=0.4.13", "wandb_workspaces")
 PLOTLY = RequirementCache("plotly>=6")
 PILLOW = RequirementCache("pillow>=11")
 
@@ -16,12 +17,13 @@ _EXTRAS = {
     "lightning": ("lightning", (LIGHTNING, PYTORCH_LIGHTNING)),
     "transformers": ("transformers", (TRANSFORMERS,)),
     "wandb": ("wandb", (WANDB,)),
+    "wandb_workspaces": ("wandb", (WANDB_WORKSPACES,)),
     "plotly": ("report", (PLOTLY,)),
     "pillow": ("wandb", (PILLOW,)),
 }
 
 
-def require(package: Literal["lightning", "transformers", "wandb", "plotly", "pillow"]) -> None:
+def require(package: Literal["lightning", "transformers", "wandb", "wandb_workspaces", "plotly", "pillow"]) -> None:
     """Check that an optional package can be imported; for Lightning, under either of its names.
 
     Raises:

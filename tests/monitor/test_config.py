@@ -1,11 +1,13 @@
 """Every field is checked at construction."""
 
 import dataclasses
+import json
 from itertools import pairwise
 
 import pytest
 
 from repflow.monitor import MonitorConfig
+from repflow.monitor.signatures import DEFAULT, NonFinite
 
 
 def test_defaults() -> None:
@@ -76,3 +78,29 @@ def test_every_field_is_documented() -> None:
     for field, following in pairwise(body):
         if isinstance(field, ast.AnnAssign):
             assert isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant), ast.unparse(field)
+
+
+def test_signatures() -> None:
+    assert MonitorConfig().rules == DEFAULT
+    assert MonitorConfig(signatures=()).rules == ()
+    rules = (NonFinite(), NonFinite(name="again", threshold=5.0))
+    assert MonitorConfig(signatures=rules).rules == rules
+    described = MonitorConfig(signatures=rules).to_dict()["signatures"]
+    assert [(rule["name"], rule["threshold"]) for rule in described] == [("nonfinite", 0.0), ("again", 5.0)]
+    assert json.dumps(described)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ("all", TypeError, r"expected signatures as a tuple, got 'all'; write \"default\", \(\) for none, or some"),
+        (NonFinite(), TypeError, r"expected signatures as a tuple, got NonFinite\(.*NonFinite\(\), CollapseOnset"),
+        ((NonFinite,), TypeError, "expected every one of signatures to be a Signature, got <class .*NonFinite"),
+        (("nonfinite",), TypeError, "expected every one of signatures to be a Signature, got 'nonfinite'"),
+        ((NonFinite(), NonFinite()), ValueError, "of different names, got nonfinite more than once; give one of them"),
+    ],
+)
+@pytest.mark.usefixtures("untyped")
+def test_signatures_that_are_none(given, error, message) -> None:
+    with pytest.raises(error, match=message):
+        MonitorConfig(signatures=given)

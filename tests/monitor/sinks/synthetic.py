@@ -2,6 +2,7 @@
 
 import torch
 
+from repflow.monitor.alert import Alert
 from repflow.monitor.snapshot import BlockInfo, RunInfo, Snapshot, SumLayout
 
 
@@ -41,3 +42,18 @@ def make_snapshot(step: int, num_states: int = 6, **changes) -> Snapshot:
     values = {"overhead_ms": step + 0.5, "scalars": {"loss": 1.0 / (step + 1)}} | changes
     sums = values.pop("sums", make_sums(step, num_states))
     return Snapshot.from_sums(sums, num_states=num_states, step=step, stream="residual", **values)
+
+
+def make_alert(step: int, **changes) -> Alert:
+    values = {
+        "step": step,
+        "signature": "nonfinite",
+        "severity": "error",
+        "title": "Values are not finite",
+        "message": "3 tokens at state 2 – “layers.1”",
+        "suggestion": "Go back",
+        "states": (2, 3),
+        "value": 3.0,
+        "threshold": 0.0,
+    }
+    return Alert(**(values | changes))
