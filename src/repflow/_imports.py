@@ -8,6 +8,7 @@ from lightning_utilities.core.imports import RequirementCache
 LIGHTNING = RequirementCache("lightning>=2.5")
 PYTORCH_LIGHTNING = RequirementCache("pytorch-lightning>=2.5")  # the same framework under its other import name
 TRANSFORMERS = RequirementCache("transformers>=5")
+ACCELERATE = RequirementCache("accelerate>=1.1")
 WANDB = RequirementCache("wandb>=0.20")
 PLOTLY = RequirementCache("plotly>=6")
 PILLOW = RequirementCache("pillow>=11")
@@ -15,13 +16,14 @@ PILLOW = RequirementCache("pillow>=11")
 _EXTRAS = {
     "lightning": ("lightning", (LIGHTNING, PYTORCH_LIGHTNING)),
     "transformers": ("transformers", (TRANSFORMERS,)),
+    "accelerate": ("offline", (ACCELERATE,)),
     "wandb": ("wandb", (WANDB,)),
     "plotly": ("report", (PLOTLY,)),
     "pillow": ("wandb", (PILLOW,)),
 }
 
 
-def require(package: Literal["lightning", "transformers", "wandb", "plotly", "pillow"]) -> None:
+def require(package: Literal["lightning", "transformers", "accelerate", "wandb", "plotly", "pillow"]) -> None:
     """Check that an optional package can be imported; for Lightning, under either of its names.
 
     Raises:

@@ -31,6 +31,7 @@ def test_help_names_the_commands():
     assert "demo" in result.output
     assert "report" in result.output
     assert "inspect" in result.output
+    assert "tasks" in result.output
 
 
 def test_version():
