@@ -1,0 +1,22 @@
+"""An extraction in a process of its own: `python -m tests.monitor.offline.extraction_process MODEL FOLDER`."""
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from repflow.monitor.offline.extraction import ExtractionOptions, extract
+from repflow.monitor.offline.loading import load_model
+from repflow.monitor.offline.tasks_kvpr import KeyValueRetrieval
+from repflow.monitor.offline.tasks_length import EncodedSamples, PromptEncoder, encode_samples
+from tests.monitor.offline import tiny
+
+OPTIONS = ExtractionOptions(batch_tokens=500)
+
+
+def samples(count: int = 160) -> EncodedSamples:
+    return encode_samples(KeyValueRetrieval(items=3), count, PromptEncoder(tiny.tokenizer()), 10**9)
+
+
+if __name__ == "__main__":
+    extract(load_model(sys.argv[1]), samples(), Path(sys.argv[2]), OPTIONS, console=Console())
