@@ -178,14 +178,12 @@ class _Run:
         """Measure a part, with its results on their way to the host."""
         ids, mask = pad([self.samples.ids[index] for index in self.batches[number]])
         tokens = ids.numel() if mask is None else int(mask.sum())
-        device = self.loaded.device
+        ids, mask = _to(ids, self.loaded.device), None if mask is None else _to(mask, self.loaded.device)
         measured: Measured | None = None
         while measured is None:
             rows = max(1, self.forward_tokens // ids.shape[1])
             try:
-                measured = self.recorder.measure(
-                    ids.to(device), None if mask is None else mask.to(device), rows=min(rows, len(ids))
-                )
+                measured = self.recorder.measure(ids, mask, rows=min(rows, len(ids)))
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -236,6 +234,11 @@ class _Arriving:
             tokens=self.tokens,
             forward_tokens=self.forward_tokens,
         )
+
+
+def _to(values: Tensor, device: torch.device) -> Tensor:
+    """A copy on `device` that does not wait for what runs there."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def _send(values: Tensor) -> tuple[Tensor, Ready | None]:

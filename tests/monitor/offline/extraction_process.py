@@ -14,7 +14,7 @@ from tests.monitor.offline import tiny
 OPTIONS = ExtractionOptions(batch_tokens=500)
 
 
-def samples(count: int = 160) -> EncodedSamples:
+def samples(count: int = 48) -> EncodedSamples:
     return encode_samples(KeyValueRetrieval(items=3), count, PromptEncoder(tiny.tokenizer()), 10**9)
 
 
