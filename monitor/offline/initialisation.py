@@ -164,7 +164,11 @@ def embedding_scaled(model: nn.Module, scale: float, *, positions: bool = False)
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) and (positions or not _POSITIONS.search(name))
     ]
-    hooks = [module.register_forward_hook(lambda module, args, output: output * scale) for module in chosen]
+
+    def scaled(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output * scale
+
+    hooks = [module.register_forward_hook(scaled) for module in chosen]
     try:
         yield
     finally:

@@ -233,7 +233,7 @@ def test_errors(configs: dict[str, str], tmp_path: Path):
 
 @pytest.mark.usefixtures("untyped")
 def test_unknown_names():
-    with pytest.raises(OfflineError, match="expected scheme among default, gaussian, .*, got 'orthogonal'"):
+    with pytest.raises(OfflineError, match=r"scheme among default, gaussian, .*, got 'orthogonal'"):
         Initialisation(scheme="orthogonal")  # pyright: ignore[reportArgumentType]
     with (
         pytest.raises(OfflineError, match="norms: expected one of baseline, disabled, affine_reset, got 'none'"),
