@@ -14,7 +14,7 @@ from torch import Tensor
 import repflow
 from repflow.monitor.config import Metric, StatesConvention
 from repflow.monitor.delivery import Ready, copy_to_host, on_device
-from repflow.monitor.offline import OfflineError
+from repflow.monitor.offline import BeyondWindowError, OfflineError
 from repflow.monitor.offline.batching import pad, plan_batches
 from repflow.monitor.offline.extracted import Extraction, save_samples
 from repflow.monitor.offline.loading import LoadedModel
@@ -33,7 +33,7 @@ class ExtractionOptions:
     """What is measured, and in batches of what size.
 
     Raises:
-        OfflineError: a batch without tokens.
+        OfflineError: a batch without tokens, or a metric that is not measured offline.
     """
 
     metrics: tuple[Metric, ...] = OFFLINE_METRICS
@@ -51,6 +51,8 @@ class ExtractionOptions:
     def __post_init__(self) -> None:
         if self.batch_tokens < 1:
             raise OfflineError(f"--batch-tokens: expected 1 or more, got {self.batch_tokens}")
+        if unknown := [metric for metric in self.metrics if metric not in OFFLINE_METRICS]:
+            raise OfflineError(f"metrics: expected some of {', '.join(OFFLINE_METRICS)}, got {unknown[0]!r}")
 
     def describe(self) -> dict[str, Any]:
         """Every choice, as plain values."""
@@ -90,12 +92,12 @@ def extract(
         console: for the progress; none is shown if None, nor by other processes than the first.
 
     Raises:
+        BeyondWindowError: a sample is longer than the window of the model.
         OfflineError: `folder` holds something else, a single sequence does not fit into memory, the model cannot be
-            followed, or another process has ended.
+            followed or does not know a token, or another process has ended.
     """
     options = options or ExtractionOptions()
-    if not len(samples):
-        raise OfflineError("expected one sample or more to run the model on, got none")
+    _check(loaded, samples)
     batches = plan_batches([len(row) for row in samples.ids], options.batch_tokens)
     recorder = StateRecorder(
         loaded.model,
@@ -107,7 +109,7 @@ def extract(
     )
     stream = {"parts": len(batches), "stream": recorder.stream.name, "num_states": recorder.layout.num_states}
     key = stream | options.describe() | _identity(loaded, samples)
-    with shared_processes() as processes, recorder:
+    with shared_processes() as processes, on_device(loaded.device), recorder:
         if not processes.rank:
             prepare_folder(folder, key, loaded.describe() | (about or {}))
             save_samples(folder, samples)
@@ -117,6 +119,20 @@ def extract(
         _Run(loaded, samples, batches, recorder, store, options.batch_tokens).share(processes, console)
         processes.wait()
     return Extraction.open(folder)
+
+
+def _check(loaded: LoadedModel, samples: EncodedSamples) -> None:
+    """Raise an OfflineError where the model is not made for the samples: not every model would say so."""
+    if not len(samples):
+        raise OfflineError("expected one sample or more to run the model on, got none")
+    longest, largest = max(map(len, samples.ids)), max(int(row.max(initial=0)) for row in samples.ids)
+    if loaded.window is not None and longest > loaded.window:
+        raise BeyondWindowError(f"{loaded.name}: skipped {longest:,} tokens: the model's window is {loaded.window:,}")
+    if largest >= loaded.vocabulary:
+        raise OfflineError(
+            f"{loaded.name}: expected tokens among the {loaded.vocabulary} that the model knows, got {largest}; name "
+            "the tokenizer that it was trained with"
+        )
 
 
 def _identity(loaded: LoadedModel, samples: EncodedSamples) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch.nn import Module
 from repflow._imports import require
 from repflow.monitor.offline import OfflineError
 from repflow.monitor.offline.paper_models import PAPER_MODELS
+from repflow.monitor.offline.processes import local_device
 
 _PROBED = 64  # values of each parameter that enter the fingerprint
 _Found = TypeVar("_Found")
@@ -59,6 +61,7 @@ class LoadedModel:
         return {
             "model": self.name,
             "model_class": type(self.model).__name__,
+            "revision": getattr(self.config, "_commit_hash", None),
             "weights": self.weights,
             "dtypes": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in self.model.parameters()}),
             "device": self.device.type,
@@ -84,7 +87,7 @@ def load_model(
         init: take the configuration alone, and the weights that transformers draws for it.
         seed: of these weights.
         dtype: of the weights; that of the checkpoint if None, and float32 with `init`.
-        device: where to; the GPU if None and there is one.
+        device: where to; if None the GPU of this process, where there is one.
         device_map: spread the model over several devices instead, as accelerate does: `"auto"`, or a device for each
             part.
         revision: of a model on the hub.
@@ -95,11 +98,16 @@ def load_model(
     """
     if device_map is not None:
         require("accelerate")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise OfflineError(
+                "--device-map: expected one process, which takes all devices; start it without torchrun, or leave "
+                "--device-map out where the model fits on one device"
+            )
         if init or device is not None:
             raise OfflineError(
                 "--device-map: expected a checkpoint to spread over devices, without --init and --device"
             )
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = local_device() if device is None else torch.device(device)
     if init:
         config = load_config(name, revision)
         model = _drawn(name, config, seed, dtype or torch.float32, where)

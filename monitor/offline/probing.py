@@ -224,8 +224,9 @@ class _Problem:
         if not self.options.standardised:
             return None, None
         share = self._share()
-        mean = x.transpose(1, 2) @ share
-        variance = x.square().transpose(1, 2) @ share - mean.square()  # safe: x is preconditioned
+        mean = torch.stack([state.T @ share for state in x])
+        square = torch.stack([state.square().T @ share for state in x])  # one by one, for want of memory
+        variance = square - mean.square()  # safe: x is preconditioned
         inverse = torch.where(variance > 1e-10, variance.clamp(min=1e-10).rsqrt(), 1.0)
         return inverse, mean * inverse
 

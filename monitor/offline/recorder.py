@@ -48,7 +48,7 @@ class StateRecorder:
         features: keep the states of last tokens.
 
     Raises:
-        OfflineError: no stream is found in the model, or `hf` for one without a final norm.
+        OfflineError: no stream is found in the model, an unknown choice, or `hf` for a model without a final norm.
     """
 
     def __init__(
@@ -64,6 +64,16 @@ class StateRecorder:
         self._model, self._keep = model, features
         try:
             self.stream: ResidualStream = find_residual_stream(model)
+            self._config = MonitorConfig(
+                every_n_steps=1,
+                max_tokens=_EVERYTHING,
+                cka_tokens=_EVERYTHING,
+                max_memory_mib=_EVERYTHING,
+                metrics=metrics,
+                states=states,
+                cka_estimator=cka_estimator,
+                skip_first_tokens=skip_first_tokens,
+            )
         except ValueError as error:
             raise OfflineError(str(error)) from error
         if states == "hf" and self.stream.final_norm is None:
@@ -72,16 +82,6 @@ class StateRecorder:
                 'states="residual", which transformers returns too of a model without it'
             )
         self.layout = SumLayout(len(self.stream) + 1)
-        self._config = MonitorConfig(
-            every_n_steps=1,
-            max_tokens=_EVERYTHING,
-            cka_tokens=_EVERYTHING,
-            max_memory_mib=_EVERYTHING,
-            metrics=metrics,
-            states=states,
-            cka_estimator=cka_estimator,
-            skip_first_tokens=skip_first_tokens,
-        )
         self._takes = inspect.signature(model.forward).parameters
         self._sums: Accumulator | None = None
         self._features: list[Tensor] = []

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from repflow.monitor import RepflowWarning
-from repflow.monitor.offline import OfflineError
+from repflow.monitor.offline import BeyondWindowError, OfflineError
 from repflow.monitor.offline.batching import pad
 from repflow.monitor.offline.extracted import Extraction
 from repflow.monitor.offline.extraction import ExtractionOptions, extract
@@ -199,6 +199,26 @@ def test_another_failure_is_not_taken_for_it(loaded: LoadedModel, samples: Encod
     loaded.model.layers[1].register_forward_hook(lambda *_: torch.zeros(2) @ torch.zeros(3))  # pyright: ignore
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
         extract(loaded, samples, tmp_path)
+
+
+def test_samples_that_the_model_is_not_made_for(loaded: LoadedModel, tmp_path: Path):
+    long = extraction_process.samples(3)
+    long.ids[1] = np.zeros(513, dtype=np.int32)
+    with pytest.raises(BeyondWindowError, match="skipped 513 tokens: the model's window is 512"):
+        extract(loaded, long, tmp_path / "out")
+    foreign = extraction_process.samples(3)
+    foreign.ids[2][5] = tiny.VOCABULARY
+    with pytest.raises(OfflineError, match="expected tokens among the 384 that the model knows, got 384; name the"):
+        extract(loaded, foreign, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("untyped")
+def test_unknown_choices(loaded: LoadedModel, samples: EncodedSamples, tmp_path: Path):
+    with pytest.raises(OfflineError, match=r"metrics: expected some of inter_token, .* got 'ssm'"):
+        ExtractionOptions(metrics=("ssm",))
+    with pytest.raises(OfflineError, match="expected states among 'residual', 'hf', got 'raw'"):
+        extract(loaded, samples, tmp_path, ExtractionOptions(states="raw"))  # pyright: ignore
 
 
 def test_no_samples(loaded: LoadedModel, tmp_path: Path):

@@ -156,6 +156,12 @@ def test_what_is_no_model(
     assert "\n" not in str(caught.value)
 
 
+def test_device_map_in_several_processes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(OfflineError, match="--device-map: expected one process, which takes all devices; start it"):
+        load_model("pythia-2.8b", device_map="auto")
+
+
 def test_a_tokenizer(tmp_path: Path):
     tiny.save(tmp_path, "mamba")
     assert load_tokenizer(str(tmp_path))("Key: value")["input_ids"] == tiny.tokenizer()("Key: value")["input_ids"]
