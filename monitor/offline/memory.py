@@ -4,13 +4,13 @@ import gc
 
 import torch
 
-_ON_THE_HOST = ("not enough memory", "can't allocate memory")
-"""What PyTorch says where the host has no more memory: a plain RuntimeError."""
+_TOLD = ("not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What plain RuntimeErrors say where the host has no more memory, or a library of CUDA."""
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether this is for want of memory."""
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _ON_THE_HOST)
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _TOLD)
 
 
 def free_memory() -> None:

@@ -1,6 +1,10 @@
-"""An extraction in a process of its own: `python -m tests.monitor.offline.extraction_process MODEL FOLDER`."""
+"""An extraction in a process of its own: `python -m tests.monitor.offline.extraction_process MODEL FOLDER SECONDS`.
+
+Each forward takes so many seconds more, so that there is time to kill it.
+"""
 
 import sys
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -19,4 +23,6 @@ def samples(count: int = 48) -> EncodedSamples:
 
 
 if __name__ == "__main__":
-    extract(load_model(sys.argv[1]), samples(), Path(sys.argv[2]), OPTIONS, console=Console())
+    loaded, seconds = load_model(sys.argv[1]), float(sys.argv[3])
+    loaded.model.register_forward_hook(lambda *_: time.sleep(seconds))
+    extract(loaded, samples(), Path(sys.argv[2]), OPTIONS, console=Console())

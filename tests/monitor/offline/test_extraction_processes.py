@@ -49,7 +49,7 @@ def same_bits(one: Extraction, other: Extraction) -> bool:
 
 
 def test_two_processes_as_torchrun_starts_them(checkpoint: Path, undisturbed: Extraction, tmp_path: Path):
-    script = ["-m", "tests.monitor.offline.extraction_process", str(checkpoint), str(tmp_path)]
+    script = ["-m", "tests.monitor.offline.extraction_process", str(checkpoint), str(tmp_path), "0"]
     with start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script) as process:
         said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said
@@ -63,7 +63,7 @@ def test_one_of_two_is_killed(checkpoint: Path, undisturbed: Extraction, tmp_pat
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    script = ["-m", "tests.monitor.offline.extraction_process", str(checkpoint), str(tmp_path)]
+    script = ["-m", "tests.monitor.offline.extraction_process", str(checkpoint), str(tmp_path), "0.05"]
     with start(*script, RANK="0", **where) as first, start(*script, RANK="1", **where) as second:
         limit = time.monotonic() + 100
         while not (tmp_path / "000003.pt").exists():

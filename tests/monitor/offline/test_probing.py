@@ -108,10 +108,10 @@ def test_all_at_once_equals_each_alone(protocol: Any):
 
 def test_equal_bits_in_every_run_and_chunks_that_change_nothing():
     states, labels, contexts = planted([0.3, 0.8, 0.5], samples=300)
-    whole = probe(states, labels, contexts, chunk=3)
-    assert torch.equal(whole.accuracy, probe(states, labels, contexts, chunk=3).accuracy)
-    assert torch.equal(whole.accuracy, probe(states, labels, contexts, chunk=1).accuracy)
-    assert torch.equal(whole.accuracy, probe(states, labels, contexts, chunk=2).accuracy)
+    options = ProbeOptions(epochs=30)
+    whole = probe(states, labels, contexts, options, chunk=3)
+    for chunk in (3, 1, 2):
+        assert torch.equal(whole.accuracy, probe(states, labels, contexts, options, chunk=chunk).accuracy)
 
 
 def test_features_are_left_as_they_were():
@@ -147,7 +147,8 @@ def test_features_of_fewer_bits(dtype: torch.dtype):
 
 def test_out_of_memory_takes_fewer_states(monkeypatch: pytest.MonkeyPatch):
     states, labels, contexts = planted([0.3, 0.8, 0.5, 0.1, 0.2], samples=300)
-    expected = probe(states, labels, contexts).accuracy
+    options = ProbeOptions(epochs=10)
+    expected = probe(states, labels, contexts, options).accuracy
     seen: list[int] = []
     precondition = probing._precondition
 
@@ -158,10 +159,10 @@ def test_out_of_memory_takes_fewer_states(monkeypatch: pytest.MonkeyPatch):
         precondition(x)
 
     monkeypatch.setattr(probing, "_precondition", planted_failure)
-    assert torch.equal(probe(states, labels, contexts, chunk=5).accuracy, expected)
+    assert torch.equal(probe(states, labels, contexts, options, chunk=5).accuracy, expected)
     assert seen == [5, 2, 2, 1]
     monkeypatch.setattr(probing, "_CHUNK_BYTES", 1)
-    assert torch.equal(probe(states, labels, contexts).accuracy, expected)
+    assert torch.equal(probe(states, labels, contexts, options).accuracy, expected)
     assert seen[4:] == [1] * 5
 
 

@@ -42,15 +42,13 @@ def test_the_nearest_number_of_items(encoder: PromptEncoder, tokens: int):
     assert min(misses) == misses[1]
 
 
-def test_never_above_the_window(encoder: PromptEncoder):
+@pytest.mark.parametrize(("tokens", "window"), [(2048, None), (450, 450)])
+def test_never_above_the_window(encoder: PromptEncoder, tokens: int, window: int | None):
     """Nor above 2,048 tokens without one: at 2K the nearest number may be one too many."""
-    for tokens, window in ((2048, None), (2048, 2048), (450, 450)):
-        task = fit_items(pairs, tokens, encoder, window)
-        limit = shared_window(tokens, window)
-        assert mean_length(encoder, task.items) < limit
-        encoded = encode_samples(task, 100, encoder, limit)
-        assert max(map(len, encoded.ids)) <= limit
-    assert fit_items(pairs, 2048, encoder) == fit_items(pairs, 2048, encoder, 2048)
+    task, limit = fit_items(pairs, tokens, encoder, window), shared_window(tokens, window)
+    lengths = [len(row) for row in encode_samples(task, 40, encoder, limit).ids]
+    assert max(lengths) <= limit
+    assert np.mean(lengths) > limit - 100
 
 
 @pytest.mark.parametrize(
