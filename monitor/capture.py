@@ -73,9 +73,9 @@ class Recording:
 class Capture:
     """Taps on a stream, that read it between `arm` and `disarm`.
 
-    Recorded is each forward that begins with gradients enabled and the model in training mode. Not recorded:
-    evaluation, `generate()`, forwards under no_grad, and what activation checkpointing recomputes during backward.
-    `ignored` counts the forwards left out.
+    Recorded is each forward that begins with gradients enabled and the model in training mode, unless `training_only`
+    is switched off. Not recorded: evaluation, `generate()`, forwards under no_grad, and what activation checkpointing
+    recomputes during backward. `ignored` counts the forwards left out.
     """
 
     stream: ResidualStream
@@ -90,6 +90,8 @@ class Capture:
     """Calls every hook, its first argument, with the others: must let no exception out."""
     resident: bool = False
     """The taps stay on the model until `remove`, for it is compiled; otherwise they are there between the two."""
+    training_only: bool = True
+    """Leave out forwards without gradients or in evaluation mode. False: record these too."""
     inner: Sequence[tuple[Module, Callable[[Recording, Callable[[], Tensor]], None]]] = ()
     """Modules inside of blocks, and what to call with the recorded forward and how to read what the module returned."""
     ignored: Counter[str] = field(default_factory=Counter)
@@ -180,9 +182,9 @@ class Capture:
         if self._forward is not None:
             self._count_incomplete(self._forward)
             self._forward = None
-        if not entry.grad:
+        if self.training_only and not entry.grad:
             self.ignored["forwards without gradients"] += 1
-        elif not entry.training:
+        elif self.training_only and not entry.training:
             self.ignored["forwards in evaluation mode"] += 1
         else:
             state = read()[1]

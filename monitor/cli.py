@@ -53,9 +53,10 @@ def _can_be_mended(error: Exception) -> bool:
         return True
     from repflow.monitor.demo import DemoError
     from repflow.monitor.inspection import InspectError
+    from repflow.monitor.offline import OfflineError
     from repflow.monitor.sinks import RunFileError
 
-    return isinstance(error, (DemoError, InspectError, RunFileError))
+    return isinstance(error, (DemoError, InspectError, OfflineError, RunFileError))
 
 
 def _print_what_the_terminal_can() -> None:
@@ -242,6 +243,39 @@ def dashboard(
             typer.echo(save_dashboard(project, entity=entity, name=name))
         else:
             typer.echo(dashboard_spec(build_dashboard(project, entity=entity, name=name)))
+
+
+@app.command()
+def tasks(
+    task: Annotated[
+        list[str] | None, typer.Argument(metavar="[TASK]...", help="kvpr, mdqa, or both, which is the default.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(metavar="NAME_OR_PATH", help="Of a model, with its window: a folder, or owner/name on the hub."),
+    ] = None,
+    length: Annotated[
+        list[str] | None, typer.Option(metavar="TOKENS", help="300, 1K, 2K, 4K …; may be given more than once.")
+    ] = None,
+    items: Annotated[int | None, typer.Option(help="Pairs or documents of a prompt, instead of a length.")] = None,
+    samples: Annotated[int, typer.Option(help="How many to show of each.")] = 1,
+    classes: Annotated[int | None, typer.Option(help="Tested gold positions. Default: 11, or all.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    data: Annotated[
+        Path | None,
+        typer.Option(parser=_path, metavar="PATH", help="Questions for MDQA, .jsonl.gz. Default: downloaded once."),
+    ] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="Show prompts whole.")] = False,
+) -> None:
+    """Show samples of the tasks on which models are analysed: key-value retrieval and multi-document questions."""
+    with _without_traceback():
+        from rich.console import Console
+
+        from repflow.monitor.offline.tasks_command import TASKS, TaskChoices, show_tasks
+
+        options = {"items": items, "samples": samples, "seed": seed, "classes": classes, "data": data, "whole": whole}
+        choices = TaskChoices(tasks=task or TASKS, lengths=length or ["300"], tokenizer=tokenizer, **options)
+        show_tasks(choices, Console())
 
 
 def _show_stream(model: str, stream: str | None, blocks: str | None) -> None:

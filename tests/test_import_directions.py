@@ -17,17 +17,8 @@ FILES = sorted(
 # A unit is a module or folder of the monitor. It may import the units of its own tier and of those above it here.
 TIERS = (
     {
-        *(
-            "alert",
-            "config",
-            "functional",
-            "residual_stream",
-            "sampling",
-            "signatures",
-            "snapshot",
-            "warning",
-            "weakly",
-        ),
+        *("alert", "config", "functional", "residual_stream", "sampling", "signatures", "snapshot"),
+        *("warning", "weakly"),
         *("parts", "readers", "wrappers"),  # what residual_stream knows of architectures
     },
     {

@@ -19,7 +19,7 @@ from repflow import _imports
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("callbacks", "monitor", "triton_kernels")
-OPTIONAL_PACKAGES = ("lightning", "transformers", "wandb", "plotly", "pillow")
+OPTIONAL_PACKAGES = ("lightning", "transformers", "accelerate", "wandb", "plotly", "pillow")
 
 
 def run_python(code: str, *options: str, cwd: Path, path: str) -> str:
@@ -103,7 +103,7 @@ def test_the_flags_check_what_the_extras_install():
     flags = {canonicalize_name(requirement.name): (extra, requirement.specifier) for extra, requirement in checked}
     declared = {
         canonicalize_name(requirement.name): (extra, requirement.specifier)
-        for extra in ("lightning", "transformers", "wandb", "report")
+        for extra in ("lightning", "transformers", "wandb", "report", "offline")
         for requirement in map(Requirement, project["optional-dependencies"][extra])
     }
     assert flags == declared

@@ -8,6 +8,7 @@ from lightning_utilities.core.imports import RequirementCache
 LIGHTNING = RequirementCache("lightning>=2.5")
 PYTORCH_LIGHTNING = RequirementCache("pytorch-lightning>=2.5")  # the same framework under its other import name
 TRANSFORMERS = RequirementCache("transformers>=5")
+ACCELERATE = RequirementCache("accelerate>=1.1")
 WANDB = RequirementCache("wandb>=0.20")
 WANDB_WORKSPACES = RequirementCache("wandb-workspaces>=0.4.13", "wandb_workspaces")
 PLOTLY = RequirementCache("plotly>=6")
@@ -16,6 +17,7 @@ PILLOW = RequirementCache("pillow>=11")
 _EXTRAS = {
     "lightning": ("lightning", (LIGHTNING, PYTORCH_LIGHTNING)),
     "transformers": ("transformers", (TRANSFORMERS,)),
+    "accelerate": ("offline", (ACCELERATE,)),
     "wandb": ("wandb", (WANDB,)),
     "wandb_workspaces": ("wandb", (WANDB_WORKSPACES,)),
     "plotly": ("report", (PLOTLY,)),
@@ -23,7 +25,9 @@ _EXTRAS = {
 }
 
 
-def require(package: Literal["lightning", "transformers", "wandb", "wandb_workspaces", "plotly", "pillow"]) -> None:
+def require(
+    package: Literal["lightning", "transformers", "accelerate", "wandb", "wandb_workspaces", "plotly", "pillow"],
+) -> None:
     """Check that an optional package can be imported; for Lightning, under either of its names.
 
     Raises:

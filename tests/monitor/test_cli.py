@@ -32,6 +32,7 @@ def test_help_names_the_commands():
     assert "report" in result.output
     assert "watch" in result.output
     assert "inspect" in result.output
+    assert "tasks" in result.output
 
 
 def test_version():
