@@ -17,13 +17,14 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from repflow.monitor.snapshot import RunInfo, Snapshot
+from repflow.monitor.snapshot import Snapshot
 
 APPLICATION_ID = int.from_bytes(b"rflo", "big")
 """What SQLite's header says of the application: it tells a run file from any other database."""
 VERSION = 3
-"""Newest version of the format, SQLite's `user_version`; a file has the oldest that can hold it: see `version_of`, and
-`Record.version`."""
+"""Version of the format, SQLite's `user_version`. Older ones are read, too: 2 has no alerts, and no count of documents
+beyond the room for them, the last of the sums; 1 has no counts of decay rates either.
+"""
 
 _HEADER_BYTES = 100
 _MAGIC = b"SQLite format 3\x00"
@@ -97,11 +98,6 @@ class Record:
         return record if record.checksum == checksum else None
 
     @property
-    def version(self) -> int:
-        """The version of the format that it needs: 3 has alerts."""
-        return 3 if self.alerts else 1
-
-    @property
     def checksum(self) -> int:
         """CRC-32 of all the other columns; without alerts, that of versions which have none."""
         keys = _KEYS.pack(self.attempt, self.step, self.written, self.overhead_ms)
@@ -123,11 +119,6 @@ class Record:
     def tensor(self) -> Float64[Tensor, " size"]:
         """The sums."""
         return torch.from_numpy(np.frombuffer(self.sums, dtype="<f8").astype(np.float64))
-
-
-def version_of(run: RunInfo) -> int:
-    """The version that `run` needs: 2 has counts of decay rates among its sums."""
-    return 2 if run.ssm_blocks else 1
 
 
 def _alerts_as_json(snapshot: Snapshot) -> bytes:

@@ -20,11 +20,11 @@ from repflow.monitor.sinks._schema import (
     APPLICATION_ID,
     COLUMNS,
     TABLES,
+    VERSION,
     Record,
     RunFileError,
     has_alerts,
     identify,
-    version_of,
 )
 from repflow.monitor.sinks._worker import Worker
 from repflow.monitor.snapshot import RunInfo, Snapshot
@@ -177,17 +177,11 @@ def _open_attempt(path: Path, run: RunInfo) -> int:
                     db.execute(table)
             if not has_alerts(db):
                 db.execute(ADD_ALERTS)
-            _raise_version(db, version_of(run))
+            db.execute(f"PRAGMA user_version = {VERSION}")
             info = run.to_json()
             row = (time.time(), info, crc32(info.encode()))
             added = db.execute("INSERT INTO attempt (started, info, crc32) VALUES (?, ?, ?)", row)
             return int(added.lastrowid or 0)
-
-
-def _raise_version(db: sqlite3.Connection, needed: int) -> None:
-    (version,) = db.execute("PRAGMA user_version").fetchone()
-    if version < needed:
-        db.execute(f"PRAGMA user_version = {needed}")
 
 
 def _write_all(path: Path, records: Iterator[Record]) -> None:
@@ -217,7 +211,6 @@ def _store(db: sqlite3.Connection, record: Record, path: Path) -> None:
             f"{path}: attempt {record.attempt} was being written when another process or sink opened attempt {newest}; "
             "expected one writer at a time: give each run that goes on at the same time a path= or a name of its own"
         )
-    _raise_version(db, record.version)
     row = record.row()
     assignments = ", ".join(f"{column} = ?" for column in COLUMNS.split(", "))
     key = (record.attempt, record.step)

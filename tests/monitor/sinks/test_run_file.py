@@ -61,7 +61,7 @@ def test_the_file_as_it_is_stored(tmp_path, sink, synthetic):
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.db"]  # no log, no index: one plain file
     with sqlite3.connect(tmp_path / "a.db") as db:
         assert db.execute("PRAGMA application_id").fetchone()[0] == int.from_bytes(b"rflo", "big")
-        assert db.execute("PRAGMA user_version").fetchone()[0] == 1
+        assert db.execute("PRAGMA user_version").fetchone()[0] == 3
         attempt, info, checksum = db.execute("SELECT attempt, info, crc32 FROM attempt").fetchone()
         assert (attempt, info, checksum) == (1, synthetic.make_run().to_json(), crc32(info.encode()))
         step, sums, scalars = db.execute("SELECT step, sums, scalars FROM snapshot").fetchone()
