@@ -100,8 +100,10 @@ def _quantities(result) -> dict[str, Tensor]:
     return {
         **depth._asdict(),
         **sums._asdict(),
-        "inter_token": mean_pair_cosine(sums.unit_sum, sums.count),
-        "update_inter_token": mean_pair_cosine(sums.update_unit_sum, sums.update_count),
+        "inter_token": mean_pair_cosine(torch.linalg.vector_norm(sums.unit_sum, dim=-1), sums.count),
+        "update_inter_token": mean_pair_cosine(
+            torch.linalg.vector_norm(sums.update_unit_sum, dim=-1), sums.update_count
+        ),
         "v_loc": depth.curvature.double().nanmean(),
         "v_glob": depth.spread.double().nanmean(),
     }

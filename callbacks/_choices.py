@@ -60,7 +60,13 @@ class Choices:
     def plain(self) -> tuple[dict[str, Any], list[str]]:
         """The arguments that JSON can hold, and the names of those that were given and that it cannot."""
         states = self.log_states if isinstance(self.log_states, str) else list(self.log_states)
-        arguments = {**self.config.to_dict(), "log_states": states, "stream": self.stream, "name": self.name}
+        arguments = {
+            **self.config.to_dict(),
+            "signatures": self.config.signatures,
+            "log_states": states,
+            "stream": self.stream,
+            "name": self.name,
+        }
         arguments |= {"blocks": self.blocks, "sinks": self.sinks}
         plain = {name: value for name, value in arguments.items() if _is_plain(value)}
         return plain, sorted(arguments.keys() - plain.keys())

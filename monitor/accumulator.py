@@ -1,6 +1,7 @@
 """From captured states to sums: every micro-batch of a step is added to one flat vector on the device."""
 
 from collections.abc import Callable
+from math import ceil, prod
 
 import torch
 from torch import Tensor
@@ -14,7 +15,11 @@ from repflow.monitor.snapshot import POSITION_BINS, SumLayout
 from repflow.monitor.ssm import DecayCounts
 from repflow.triton_kernels import DepthStatistics, TokenSums, depth_and_token_sums, depth_statistics, hsic_statistics
 from repflow.triton_kernels._dispatch import use_triton
+from repflow.triton_kernels._inputs import check_mask
 from repflow.triton_kernels.groups import Groups, find_groups
+
+_ROOM_BYTES = 256 * 2**20
+"""Most that the sums of documents take, beyond those of one for each row."""
 
 _SUM_BYTES = 32 * 2**20
 """Unit sums of this size are held at once: with many short sequences they would outgrow the states."""
@@ -46,7 +51,7 @@ class Accumulator:
         self.flat = layout.zeros(device)
         self.forwards = 0
         self.counted_documents = False
-        """Whether a mask was looked through for documents, for which there is room for so many only."""
+        """Whether a mask was looked through for documents, of which there is room for so many only."""
         self._sums = layout.views(self.flat)
 
     @torch.no_grad()
@@ -60,7 +65,7 @@ class Accumulator:
             step = max(1, _SUM_BYTES // (16 * num_states * features)) if "inter_token" in metrics else rows
             for start in range(0, rows, step):
                 part = slice(start, start + step)
-                groups = self._groups(states, None if mask is None else mask[part])
+                groups = self._groups(states, None if mask is None else mask[part], self._config.max_documents)
                 self._count_tokens(groups, bins[part].shape)
                 self._add_rows(states[:, part], groups, bins[part], metrics)
             if "cka" in metrics:
@@ -84,24 +89,27 @@ class Accumulator:
             mask = mask.to(device, non_blocking=True)
             if mask.is_floating_point():
                 mask = mask > 0  # given with the step
-            if mask.dtype != torch.bool and not self._documents and use_triton(forward.states):
-                self._raise_to("mask_max", mask.max())
-                mask = mask != 0
+            if mask.dtype != torch.bool and use_triton(forward.states):
+                mask = mask.clamp(min=0)  # elsewhere a negative number is refused, for which a GPU would be waited for
+                self._raise_to("document_max" if self._documents else "mask_max", mask.max())
+                mask = mask if self._documents else mask != 0
             positions = token_positions(mask)
         mask = without_first(mask, positions, self._config.skip_first_tokens)
         take = forward.selection.take
         return None if mask is None else take(mask), take(positions.bins(POSITION_BINS))
 
-    def _groups(self, states: Tensor, mask: Tensor | None) -> Tensor | Groups | None:
-        """The mask of some rows, with document numbers turned into groups."""
+    def _groups(self, states: Tensor, mask: Tensor | None, room: int) -> Tensor | Groups | None:
+        """The mask of some rows, with document numbers turned into groups; `room` is that beyond one for each row."""
         if mask is None or mask.dtype == torch.bool:
             return mask
         if not use_triton(states):
+            check_mask("Monitor", states, mask, mask.shape)
             return find_groups(mask)
-        groups = find_groups(mask, room=len(mask) + self._config.max_documents)
+        num_states, _, _, features = states.shape
+        groups = find_groups(mask, len(mask) + min(room, _ROOM_BYTES // (24 * num_states * features)))
         assert groups.found is not None
         self.counted_documents = True
-        self._raise_to("documents_beyond", groups.found - len(mask))
+        self._raise_to("documents_left_out", groups.found - groups.count)
         return groups
 
     def _count_tokens(self, groups: Tensor | Groups | None, shape: tuple[int, ...]) -> None:
@@ -128,9 +136,8 @@ class Accumulator:
         self._add_depth(depth or depth_statistics(states, mask), states.shape[-1], bins, metrics)
 
     def _add_inter_token(self, sums: TokenSums) -> None:
-        similarity = mean_pair_cosine(
-            torch.cat([sums.unit_sum, sums.update_unit_sum]), torch.cat([sums.count, sums.update_count])
-        )
+        lengths = [torch.linalg.vector_norm(unit_sum, dim=-1) for unit_sum in (sums.unit_sum, sums.update_unit_sum)]
+        similarity = mean_pair_cosine(torch.cat(lengths), torch.cat([sums.count, sums.update_count]))
         total, groups = _finite(similarity).sum(-1)
         states = len(sums.count)
         self._add(
@@ -170,11 +177,13 @@ class Accumulator:
             step=self._step,
             forward=self.forwards,
         ).to(states.device)
+        # Room as for its share of the tokens: the kernels work through all of it.
+        room = ceil(config.max_documents * prod(part.shape) / prod(batch))
         # A view of the states, or all of them with the places of what is meant: they are not copied.
         selected = part.positions(batch, states.device)
         statistics = hsic_statistics(
             part.take(states, dim=1) if selected is None else states,
-            self._groups(states, None if mask is None else part.take(mask)),
+            self._groups(states, None if mask is None else part.take(mask), room),
             estimator=config.cka_estimator,
             selected=selected,
         )

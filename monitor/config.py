@@ -41,8 +41,9 @@ class MonitorConfig:
     """Leave out the first tokens of every sequence (attention sinks) from all statistics. Unit: tokens."""
     max_documents: int = 64
     """Packed rows on a GPU: room for so many documents of a micro-batch beyond one per row, since their number cannot
-    be known without waiting. Those beyond it are left out of similarity and CKA, and that is said. Each costs S·D·24
-    bytes while a micro-batch is added up.
+    be known without waiting; in CKA for as many of them as it has of the tokens. Those beyond it are left out of
+    similarity or CKA, and that is said. Each costs S·D·24 bytes while a micro-batch is added up, 256 MiB together at
+    most; that is so too on the first step of a run whose mask is of integers, until it is known to tell padding only.
     """
     metrics: tuple[Metric, ...] = get_args(Metric)
     """Which families to compute. Norms and the counts of non-finite and zero tokens always are.

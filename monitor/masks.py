@@ -68,8 +68,12 @@ class MaskReader:
     def __init__(self, module: Module) -> None:
         self._parameters = list(inspect.signature(module.forward).parameters)
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ToldMasks:
-        """What a call tells. A compiler traces this."""
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, boundaries: bool = True) -> ToldMasks:
+        """What a call tells. A compiler traces this, without `boundaries`.
+
+        Their number differs from batch to batch, and a graph would be compiled anew for each that as much as looks at
+        their shape.
+        """
         padding, tells_padding = None, False
         for name, convert in PADDING_ARGUMENTS.items():
             tells_padding, value = self._argument(name, args, kwargs)
@@ -78,8 +82,8 @@ class MaskReader:
                 break
         tells_positions, ids = self._argument("position_ids", args, kwargs)
         tells_segments, segments = self._first(SEGMENT_ARGUMENTS, args, kwargs)
-        tells_boundaries, boundaries = self._first(BOUNDARY_ARGUMENTS, args, kwargs, 1)
-        told = CallMasks(padding, ids, segments, boundaries)
+        tells_boundaries, ends = self._first(BOUNDARY_ARGUMENTS, args, kwargs, 1) if boundaries else (False, None)
+        told = CallMasks(padding, ids, segments, ends)
         return ToldMasks(told, (tells_padding, tells_positions, tells_segments, tells_boundaries))
 
     def takes_mask(self) -> bool:

@@ -303,6 +303,7 @@ class Monitor:
 
     def _disarm(self) -> None:
         self._capture.disarm()
+        self._decays.forget()
         if self._step is not None:
             self._step.ignored.update(self._capture.ignored)
             if broken := self._capture.broken:
@@ -353,6 +354,7 @@ class Monitor:
         elif self._step is not None:
             self._step = MeasuredStep(self._step.number, scalars=self._step.scalars)
         self._capture.disarm()
+        self._decays.forget()
         self._capture.buffer.release()
         self._warn(
             f"stopped monitoring{number}: {type(error).__name__}: {error}. Training goes on without it", key="stopped"

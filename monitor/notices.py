@@ -28,15 +28,15 @@ def misread_mask(step: int, sums: dict[str, Tensor]) -> str | None:
     )
 
 
-def documents_left_out(snapshot: Snapshot, sums: dict[str, Tensor], room: int) -> str | None:
+def documents_left_out(snapshot: Snapshot, sums: dict[str, Tensor]) -> str | None:
     """More documents than there is room for."""
-    beyond = int(sums["documents_beyond"]) - room
-    if beyond <= 0:
+    number = int(sums["documents_left_out"])
+    if not number:
         return None
     return (
-        f"left {beyond} documents of a micro-batch out of similarity and CKA on step {snapshot.step}, the last of its "
-        f"rows: there is room for {room} beside one per row; raise max_documents, or pass a boolean mask to take each "
-        "row as one sequence"
+        f"left up to {number} documents of a micro-batch out of similarity or CKA on step {snapshot.step}, the last "
+        "ones: there is room for max_documents beside one per row, in CKA for its share of the tokens, and for less in "
+        "very wide models; raise max_documents, or pass a boolean mask to take each row as one sequence"
     )
 
 

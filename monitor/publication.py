@@ -123,7 +123,7 @@ class Publication:
             snapshot = step.snapshot(values, self._layout, self._stream.name, self.late_ms)
             self.latest = self._signatures.judged(snapshot, self._run.blocks)
             self.late_ms = 0.0
-            if left_out := documents_left_out(self.latest, sums, self._config.max_documents):
+            if left_out := documents_left_out(self.latest, sums):
                 self._warn(left_out, key="documents")
             if short := short_sequences(self.latest, sums, self._config.cka_estimator):
                 self._warn(short, key="short sequences")
@@ -150,7 +150,7 @@ class Publication:
 
     def _look_for_documents(self, step: MeasuredStep, sums: dict[str, Tensor]) -> None:
         """Where integer masks turn out to tell padding only, the kernels may take them as that, which costs less."""
-        if sums["documents_beyond"] > 0 or sums["mask_max"] > 1:
+        if sums["document_max"] > 1 or sums["mask_max"] > 1:
             self.packed = True
         elif self.packed is None and step.sums is not None and step.sums.counted_documents:
             self.packed = False

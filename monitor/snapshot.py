@@ -36,7 +36,7 @@ class SumLayout:
     num_states: int
     ssm_blocks: tuple[int, ...] = ()
 
-    MAXIMA: ClassVar[tuple[str, ...]] = ("fourth_moment_max", "mask_max", "documents_beyond")
+    MAXIMA: ClassVar[tuple[str, ...]] = ("fourth_moment_max", "mask_max", "document_max", "documents_left_out")
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -75,7 +75,8 @@ class SumLayout:
             "ssm_nonfinite": (ssm,),  # valid tokens with a Δ that is a NaN or an infinity
             "fourth_moment_max": (states,),  # the largest ‖x_c‖⁴ of one token
             "mask_max": (),  # the largest value of a mask that was read as padding only
-            "documents_beyond": (),  # documents of a micro-batch beyond one per row, where there is room for so many
+            "document_max": (),  # the largest value of a mask that was looked through for documents
+            "documents_left_out": (),  # documents of (rows of) a micro-batch for which there was no room
         }
 
     @cached_property

@@ -136,7 +136,14 @@ class DecayCounts:
         features = output.detach()[..., mixer.reader.columns(mixer.module)].reshape(rows * tokens, -1)
         if self.index is not None:
             features = features.index_select(0, self.index.to(output.device, non_blocking=True))
-        rates = decay_rates(mixer, features).to(self.decay.device, non_blocking=True)
+        step = max(1, _HELD_RATES // mixer.module.A_log.shape[0])
+        if len(features) > step:  # too many to be held
+            for start in range(0, len(features), step):
+                part = slice(start, start + step)
+                rates = decay_rates(mixer, features[part])
+                self._count([row], rates.unsqueeze(0), None if self.valid is None else self.valid[part])
+            return
+        rates = decay_rates(mixer, features)
         if self._rates and (
             rates.shape != self._rates[0].shape
             or len(self._rates) == _HELD_BLOCKS
@@ -144,16 +151,21 @@ class DecayCounts:
         ):
             self.count()
         self._rows.append(row)
-        self._rates.append(rates)
+        self._rates.append(rates.to(self.decay.device, non_blocking=True))
 
     def count(self) -> None:
         """Count the rates that are held."""
         if self._rates:
-            counts = count_rates(torch.stack(self._rates), self.valid)
-            row = send_index(torch.tensor(self._rows, device="cpu"), self.decay.device)
-            for total, count in zip((self.decay, self.memory, self.nonfinite), counts, strict=True):
-                total.index_add_(0, row, count.double())
+            rates = torch.stack(self._rates) if len(self._rates) > 1 else self._rates[0].unsqueeze(0)
+            self._count(self._rows, rates, self.valid)
             self._rows, self._rates = [], []
+
+    def _count(self, rows: list[int], rates: Float32[Tensor, "M N H"], valid: Bool[Tensor, " N"] | None) -> None:
+        device = self.decay.device
+        row = send_index(torch.tensor(rows, device="cpu"), device)
+        counts = count_rates(rates.to(device, non_blocking=True), valid)
+        for total, count in zip((self.decay, self.memory, self.nonfinite), counts, strict=True):
+            total.index_add_(0, row, count.double())
 
 
 class DecayTaps:
@@ -184,6 +196,10 @@ class DecayTaps:
         for mixer in self._mixers:
             owners.setdefault(mixer.reader.source(mixer.module), {})[mixer.block] = mixer
         return [(source, partial(self._read, mixers)) for source, mixers in owners.items()]
+
+    def forget(self) -> None:
+        """Drop what was read of a forward that did not end: it holds on to the buffer."""
+        self._counts = None
 
     def take(self, forward: CapturedForward) -> DecayCounts | None:
         """The counts of a forward that has ended; None if nothing of it was read."""
@@ -241,4 +257,4 @@ def _tokens(
     if skip_first:
         mask = without_first(mask, token_positions(mask), skip_first)
         assert mask is not None
-    return index, take(mask) != 0
+    return index, take(mask) > 0

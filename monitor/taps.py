@@ -187,7 +187,7 @@ class _MaskTap(_Tap):
         return torch.is_grad_enabled(), ToldMasks(CallMasks(*(_plain(mask) for mask in masks)), tells)
 
     def trace(self, args: tuple[Any, ...], rest: Any) -> None:
-        masks, tells = self.read(args, rest)
+        masks, tells = self.read(args, rest, boundaries=False)
         grad = torch.is_grad_enabled()
         if all(_is_whole(mask) for mask in masks):
             plain = [_plain(mask) for mask in masks]

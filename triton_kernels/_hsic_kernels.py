@@ -81,7 +81,10 @@ def _norm_kernel(
         along = tl.full([BT, BD], 0.0, tl.float32)  # c · m
         rounded_a = tl.full([BT, BD], 0.0, tl.float32)  # ĉ · c
         rounded_along = tl.full([BT, BD], 0.0, tl.float32)  # ĉ · m
-    for d0 in tl.range(0, D, BD, num_stages=STAGES):
+    # Nothing is read where a short group has no tokens; the first block takes the length of the mean all the same.
+    wanted = (block == 0) | (block * BT < number)
+    width = tl.where(wanted, D, 0)
+    for d0 in tl.range(0, width, BD, num_stages=STAGES):
         d = d0 + tl.arange(0, BD)
         inside = d < D
         raw = tl.load(x + rows[:, None] + d[None, :], mask=keep[:, None] & inside[None, :], other=0.0)
@@ -95,7 +98,7 @@ def _norm_kernel(
             rounded_a += rounded * c
             rounded_along += rounded * m[None, :]
     squared, total = tl.sum(a, 1), tl.sum(mm, 0)
-    tl.store(length + group, total)
+    tl.store(length + group, total, mask=wanted)
     out, plane = group * n + i, tl.num_programs(1).to(tl.int64) * G * n
     lives = tl.load(alive + group) != 0
     tl.store(square + out, tl.where(keep & lives, squared, 0.0), mask=i < n)

@@ -7,10 +7,10 @@ from torch import Tensor
 from repflow.triton_kernels import token_sums
 
 
-def mean_pair_cosine(unit_sum: Float64[Tensor, "S G D"], count: Int64[Tensor, "S G"]) -> Float64[Tensor, "S G"]:
-    """Mean cosine over the pairs i < j of n vectors, from s = Σ_t u_t alone: (‖s‖² − n)/(n(n − 1)); NaN when n < 2."""
+def mean_pair_cosine(length: Float64[Tensor, "S G"], count: Int64[Tensor, "S G"]) -> Float64[Tensor, "S G"]:
+    """Mean cosine over the pairs i < j of n vectors, from ‖s‖, s = Σ_t u_t: (‖s‖² − n)/(n(n − 1)); NaN when n < 2."""
     n = count.double()
-    similarity = (torch.linalg.vector_norm(unit_sum, dim=-1).square() - n) / (n * (n - 1))
+    similarity = (length.square() - n) / (n * (n - 1))
     return similarity.masked_fill(count < 2, torch.nan)
 
 
@@ -36,4 +36,4 @@ def inter_token_similarity(
         ValueError: states that are not `[S, B, T, D]`, or a mask that does not fit.
     """
     sums = token_sums(states, mask)
-    return mean_pair_cosine(sums.unit_sum, sums.count)
+    return mean_pair_cosine(torch.linalg.vector_norm(sums.unit_sum, dim=-1), sums.count)

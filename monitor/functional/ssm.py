@@ -127,6 +127,10 @@ def _count(bins: Int[Tensor, "*M n"]) -> Int[Tensor, "*M bins"]:
     width, rows = RATE_BINS + 1, bins.shape[:-1].numel()
     first = width * torch.arange(rows, dtype=bins.dtype, device=bins.device)
     place, size = (bins.view(rows, -1) + first.unsqueeze(1)).flatten(), rows * width
-    # On a GPU bincount would wait for the largest.
-    counts = torch.histc(place, size, 0, size) if bins.is_cuda else torch.bincount(place, minlength=size)
+    if not bins.is_cuda:
+        counts = torch.bincount(place, minlength=size)  # on a GPU it would wait for the largest
+    elif torch.are_deterministic_algorithms_enabled():  # histc is refused then, although counts are exact
+        counts = torch.searchsorted(place.sort().values, torch.arange(size + 1, device=bins.device)).diff()
+    else:
+        counts = torch.histc(place, size, 0, size)
     return counts.view(*bins.shape[:-1], width)[..., 1:]

@@ -22,8 +22,8 @@ from repflow.monitor.snapshot import Snapshot
 APPLICATION_ID = int.from_bytes(b"rflo", "big")
 """What SQLite's header says of the application: it tells a run file from any other database."""
 VERSION = 3
-"""Version of the format, SQLite's `user_version`. Older ones are read, too: 2 has no alerts, and no count of documents
-beyond the room for them, the last of the sums; 1 has no counts of decay rates either.
+"""Version of the format, SQLite's `user_version`. Older ones are read, too: 2 has no alerts, and not the last two sums,
+which are of documents; 1 has no counts of decay rates either.
 """
 
 _HEADER_BYTES = 100

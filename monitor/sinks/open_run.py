@@ -142,8 +142,8 @@ def _merge(window: Sequence[Record], attempts: Mapping[int, RunInfo], layout: Su
 
 def _laid_out(sums: Tensor, given: SumLayout, wanted: SumLayout) -> Tensor:
     """Sums in the layout `wanted`, which has all state-space blocks that `given` has."""
-    if len(sums) == given.size - 1:  # of a version that did not yet count what is last, documents beyond the room
-        sums = pad(sums, (0, 1))
+    if len(sums) == given.size - 2:  # of a version that did not yet have what is last, of documents
+        sums = pad(sums, (0, 2))
     if given == wanted:
         return sums
     result = wanted.zeros()

@@ -366,3 +366,25 @@ def test_llama_with_padding_under_autocast() -> None:
     step(monitor, loss_of, 0)
     assert seen[0].dtype == torch.bfloat16 and torch.equal(seen[0], expected[0])
     assert monitor.latest is not None and monitor.latest.tokens == 16
+
+
+def test_boundaries_of_documents_are_no_business_of_the_graph() -> None:
+    """Their number differs from batch to batch: a graph that they entered would be compiled for each."""
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    model: Any = transformers.LlamaForCausalLM(config).train()
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    monitor = Monitor(compiled, MonitorConfig(every_n_steps=3))
+    graphs_and_breaks()
+    for number in range(1, 6):
+        lengths = [4] * number + [24 - 4 * number]
+        told = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
+        with monitor.step(number):
+            compiled(
+                input_ids=torch.arange(24).unsqueeze(0), position_ids=positions, cu_seq_lens_q=told, cu_seq_lens_k=told
+            ).logits.sum().backward()
+    monitor.flush()
+    assert graphs_and_breaks() == (1, 0)
+    assert monitor.latest is not None and (monitor.latest.step, monitor.latest.sequences) == (3, 4)

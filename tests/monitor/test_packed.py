@@ -84,7 +84,9 @@ def test_each_document_is_measured_as_if_it_were_alone() -> None:
 
 def test_documents_beyond_the_room_are_left_out_and_said() -> None:
     """Three rows, so that the first five of eight documents are measured; what is of tokens is of all tokens."""
-    with pytest.warns(RuntimeWarning, match="left 3 documents of a micro-batch out of similarity and CKA on step 0"):
+    with pytest.warns(
+        RuntimeWarning, match="left up to 3 documents of a micro-batch out of similarity or CKA on step 0"
+    ):
         (ours,) = measure(packed(LENGTHS), max_documents=2)
     (first,) = measure(packed([[5, 1, 6], [12], [2]]), triton=False)
     (all_of_them,) = measure(packed(LENGTHS), triton=False)
@@ -127,6 +129,29 @@ def test_masks_of_numbers_become_padding_once_that_is_all_they_say(recwarn: pyte
             assert (monitor.latest.step, monitor.latest.sequences) == expected
     assert looked == [False, True, False, False, False, True, True] and monitor.enabled
     assert not [entry for entry in recwarn if "repflow" in str(entry.message)]
+
+
+def test_a_row_of_padding_does_not_hide_that_others_are_packed(recwarn: pytest.WarningsRecorder) -> None:
+    mask = packed([[6, 6], [0]])
+    for snapshot in measure(mask, steps=2, metrics=("inter_token",)):
+        assert snapshot.sequences == 2
+    assert not [entry for entry in recwarn if "left out" in str(entry.message)]
+
+
+@pytest.mark.parametrize("triton", [False, True])
+def test_labels_are_no_mask(triton: bool) -> None:
+    """Negative numbers are refused, or padding where a GPU would be waited for to refuse them; never documents."""
+    mask = torch.tensor([[1, 2, 2, 2], [-1, -1, 1, 2]])
+    model, ids = toy.Toy(blocks=1), toy.batch(2, 4)
+    monitor = Monitor(model, MonitorConfig(every_n_steps=1, max_documents=2, metrics=("inter_token",)))
+    refused = pytest.warns(RuntimeWarning, match="expected document numbers from 0 .padding. up, got -1")
+    with force("triton") if triton else refused:
+        with monitor.step(0, mask=mask):
+            toy.loss_of(model, ids).backward()
+        monitor.flush()
+    assert monitor.enabled == triton
+    if triton:
+        assert monitor.latest is not None and (monitor.latest.tokens, monitor.latest.sequences) == (6, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)

@@ -264,6 +264,26 @@ def test_a_projection_that_cannot_be_read_ends_this_metric_alone() -> None:
     assert monitor.latest.inter_token.isfinite().all()
 
 
+def test_a_forward_that_does_not_end_holds_on_to_nothing() -> None:
+    """Neither where the body raises, nor where the monitor fails at its end: what was read is a view of the buffer."""
+
+    def fail(*args: Any) -> None:
+        raise torch.OutOfMemoryError("planted")
+
+    model: Any = build("Mamba")
+    monitor = Monitor(model, MonitorConfig(**EVERY_STEP))
+    with pytest.raises(torch.OutOfMemoryError, match="planted"), monitor.step(0):
+        model.backbone.layers[2].register_forward_pre_hook(fail)
+        train(model)
+    assert monitor._decays._counts is None
+    model = build("Mamba")
+    monitor = Monitor(model, MonitorConfig(**EVERY_STEP))
+    monitor._capture.on_forward = fail
+    with pytest.warns(RuntimeWarning, match="stopped monitoring"), monitor.step(0):
+        train(model)
+    assert monitor._decays._counts is None
+
+
 def test_evaluation_and_copies_leave_no_trace() -> None:
     model = build("Mamba")
     monitor = Monitor(model, MonitorConfig(**EVERY_STEP))

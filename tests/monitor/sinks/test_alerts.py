@@ -83,7 +83,7 @@ def test_a_file_of_before_there_were_alerts_opens_and_is_continued(tmp_path, syn
         columns = "attempt, step, written, overhead_ms, scalars, sums, NULL, crc32"
         for row in db.execute(f"SELECT {columns} FROM snapshot").fetchall():
             attempt, step, written, overhead, scalars, sums, *_ = row
-            older = Record(attempt, step, written, overhead, scalars.encode(), sums[:-8])  # nor was the last sum there
+            older = Record(attempt, step, written, overhead, scalars.encode(), sums[:-16])  # nor two sums
             db.execute("UPDATE snapshot SET sums = ?, crc32 = ? WHERE step = ?", (older.sums, older.checksum, step))
         db.execute("PRAGMA user_version = 1")
         db.commit()
