@@ -21,7 +21,7 @@ from repflow.monitor.snapshot import RunInfo, Snapshot
 
 APPLICATION_ID = int.from_bytes(b"rflo", "big")
 """What SQLite's header says of the application: it tells a run file from any other database."""
-VERSION = 3
+VERSION = 4
 """Newest version of the format, SQLite's `user_version`; a file has the oldest that can hold it: see `version_of`, and
 `Record.version`."""
 
@@ -126,8 +126,8 @@ class Record:
 
 
 def version_of(run: RunInfo) -> int:
-    """The version that `run` needs: 2 has counts of decay rates among its sums."""
-    return 2 if run.ssm_blocks else 1
+    """The version that `run` needs: 2 has counts of decay rates among its sums, 4 has HSIC with earlier states."""
+    return 4 if run.probe else 2 if run.ssm_blocks else 1
 
 
 def _alerts_as_json(snapshot: Snapshot) -> bytes:
