@@ -1,7 +1,7 @@
 """The Lightning callback: `Trainer(callbacks=[RepresentationMonitor()])`."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +117,8 @@ class RepresentationMonitor(Callback):
         """Open the optimizer step that this micro-batch belongs to."""
         if self.monitor is not None:
             self._open = self.monitor.step(_optimizer_step(trainer))
-            with trainer.precision_plugin.forward_context():  # that of the training step, for a probe batch
+            probe = self._choices.probe_batch is not None  # it runs here, in the precision of the training step
+            with trainer.precision_plugin.forward_context() if probe else nullcontext():
                 self._open.__enter__()
 
     def on_train_batch_end(

@@ -73,7 +73,7 @@ class Monitor:
             model's forward (a mapping, a tuple, or a tensor), or a function that returns them, called once. When a
             measured step opens, the model runs on it in evaluation mode and without gradients, under the autocast that
             is active there; everything is put back after, and hooks of your own fire. Always the same tokens are
-            measured. If the forward raises, monitoring ends. In a resumed run drift begins again at its first step, since
+            measured. If the forward raises, monitoring ends. In a resumed run drift begins again at its first step:
             the states that it refers to are in no checkpoint. Not for sharded or compiled models.
 
     Raises:
