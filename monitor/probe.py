@@ -62,16 +62,15 @@ class Probe:
         check_can_probe(self._model)
         with undisturbed(self._model):
             if self._batch is None:
-                batch = self._given() if callable(self._given) else self._given
-                self._batch = _copied(_check_batch(batch), self.device)
-            model = _without_ddp(self._model)
-            match self._batch:
-                case Mapping():
-                    model(**self._batch)
-                case Tensor():
-                    model(self._batch)
-                case _:
-                    model(*self._batch)
+                given = self._given() if callable(self._given) else self._given
+                self._batch = _copied(_check_batch(given), self.device)
+            batch, model = self._batch, _without_ddp(self._model)
+            if isinstance(batch, Mapping):
+                model(**batch)
+            elif isinstance(batch, Tensor):
+                model(batch)
+            else:
+                model(*batch)
 
     def release(self) -> None:
         """Give the memory back: the batch, and the states that drift refers to."""
@@ -113,7 +112,7 @@ def undisturbed(model: Module) -> Iterator[None]:
     """
     gpus = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     cached, python, numpy = torch.is_autocast_cache_enabled(), random.getstate(), np.random.get_state()
-    # Weights that autocast has cast without gradients must not be found by the training forward: it would not train.
+    # The autocast of older PyTorch hands weights that were cast without gradients to the training forward.
     torch.set_autocast_cache_enabled(False)
     try:
         with torch.random.fork_rng(list(gpus)), torch.no_grad(), _in_evaluation(model):

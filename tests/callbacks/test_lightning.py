@@ -149,8 +149,8 @@ def test_a_probe_batch(tmp_path, precision, dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(bare.parameters(), watched.parameters(), strict=True))
     assert sink.steps == list(range(6)) and sink.tokens == [30] * 6
     assert watched.seen == [dtype] * 6
-    last = sink.snapshots[-1].drift_first
-    assert last is not None and (last < sink.snapshots[1].drift_first).all()
+    last, earlier = (sink.snapshots[step].drift_first for step in (-1, 1))
+    assert last is not None and earlier is not None and (last < earlier).all()
     assert float(trainer.callback_metrics["repflow/drift_first/state_03"]) == pytest.approx(float(last[3]))
 
 

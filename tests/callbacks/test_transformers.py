@@ -154,8 +154,8 @@ def test_a_probe_batch(tmp_path, precision) -> None:
     watched = train(tmp_path / "watched", callback, **options)
     assert same(bare, watched) and sum(hooks(watched.model)) == 0
     assert keep.steps == list(range(6)) and keep.tokens == [24] * 6
-    last = keep.snapshots[-1].drift_first
-    assert last is not None and (last < keep.snapshots[1].drift_first).all()
+    last, earlier = (keep.snapshots[step].drift_first for step in (-1, 1))
+    assert last is not None and earlier is not None and (last < earlier).all()
     assert [snapshot.scalars["loss"] for snapshot in keep.snapshots] == pytest.approx(losses(watched), rel=1e-6)
 
 

@@ -99,6 +99,7 @@ def test_everything_is_put_back(untyped: None) -> None:
     before = state()
     with undisturbed(model):
         assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
+        assert not torch.is_autocast_cache_enabled()
         model(toy.batch(2, 30))
         model.left_over = torch.rand(1)
     assert state() == before and not hasattr(model, "left_over")
