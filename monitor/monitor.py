@@ -343,8 +343,9 @@ class Monitor:
         finally:
             self._capture.disarm()
             step.host_ms = host_ms  # the hooks' own time is a part of what this call takes
-        if self.enabled and step.sums is None:
-            reasons = self._capture.broken or ", ".join(self._capture.ignored) or "they were not called"
+        times = 0 if step.sums is None else step.sums.forwards
+        if self.enabled and times != 1:
+            reasons = self._capture.broken or ", ".join(self._capture.ignored) or f"it did so {times} times"
             raise RuntimeError(f"expected the forward of probe_batch to run all blocks once, but {reasons}")
 
     def _disarm(self) -> None:

@@ -64,7 +64,9 @@ class Probe:
             if self._batch is None:
                 given = self._given() if callable(self._given) else self._given
                 self._batch = _copied(_check_batch(given), self.device)
-            batch, model = self._batch, _without_ddp(self._model)
+                assert self._batch is not None
+            batch: Batch = self._batch
+            model = _without_ddp(self._model)
             if isinstance(batch, Mapping):
                 model(**batch)
             elif isinstance(batch, Tensor):

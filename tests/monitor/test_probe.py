@@ -206,16 +206,19 @@ def test_a_probe_that_raises_ends_monitoring_and_not_training(probe: Any, messag
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_forward_that_misses_the_blocks_is_told() -> None:
-    class Shortcut(toy.Toy):
+@pytest.mark.parametrize(("passes", "reason"), [(0, "did so 0 times"), (2, "did so 2 times")], ids=str)
+def test_a_forward_that_does_not_run_the_blocks_once_is_told(passes: int, reason: str) -> None:
+    class Odd(toy.Toy):
         def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-            return super().forward(ids) if self.training else self.head(self.embed(ids))
+            for _ in range(passes - 1 if not self.training else 0):
+                super().forward(ids)
+            return super().forward(ids) if self.training or passes else self.head(self.embed(ids))
 
     with pytest.warns(
-        RepflowWarning, match="expected the forward of probe_batch to run all blocks once, but"
-    ) as caught:
-        _, losses, snapshots = train(toy.batch(), model=Shortcut())
-    assert len(caught) == 1 and len(losses) == 5 and not snapshots
+        RepflowWarning, match=f"the forward of probe_batch to run all blocks once, but .*{reason}"
+    ) as told:
+        _, losses, snapshots = train(toy.batch(), model=Odd())
+    assert len(told) == 1 and len(losses) == 5 and not snapshots
 
 
 def test_what_it_cannot_run_is_refused() -> None:

@@ -78,13 +78,13 @@ def test_files_that_are_no_run_files(tmp_path, whole):
     db.close()
     shutil.copyfile(whole, tmp_path / "newer.db")
     with sqlite3.connect(tmp_path / "newer.db") as db:
-        db.execute("PRAGMA user_version = 4")
+        db.execute("PRAGMA user_version = 5")
     db.close()
     expected = {
         "empty.db": "an empty file; no run has been written to it",
         "notes.txt": "no SQLite database; check the path",
         "other.db": "another application; check the path",
-        "newer.db": "format 4; .*upgrade repflow",
+        "newer.db": "format 5; .*upgrade repflow",
         "": "a directory; pass one of the run files in it: empty.db, newer.db, other.db",
     }
     for name, text in expected.items():
