@@ -7,6 +7,7 @@ from typing import Any
 from torch.nn import Module
 
 from repflow.monitor import Monitor, MonitorConfig, find_residual_stream
+from repflow.monitor.probe import ProbeBatch
 from repflow.monitor.sinks import AbstractSink, RunFileSink
 from repflow.monitor.sinks._keys import StateChoice
 
@@ -21,6 +22,7 @@ class Choices:
     stream: str | None
     name: str | None
     log_states: StateChoice
+    probe_batch: ProbeBatch | None
 
     @classmethod
     def checked(
@@ -34,6 +36,7 @@ class Choices:
         stream: str | None,
         name: str | None,
         log_states: StateChoice,
+        probe_batch: ProbeBatch | None,
     ) -> "Choices":
         """The choices, as they are given to the class `owner`.
 
@@ -50,6 +53,7 @@ class Choices:
             stream=stream,
             name=name,
             log_states=log_states,
+            probe_batch=probe_batch,
         )
 
     def key(self) -> dict[str, str | None]:
@@ -60,14 +64,8 @@ class Choices:
     def plain(self) -> tuple[dict[str, Any], list[str]]:
         """The arguments that JSON can hold, and the names of those that were given and that it cannot."""
         states = self.log_states if isinstance(self.log_states, str) else list(self.log_states)
-        arguments = {
-            **self.config.to_dict(),
-            "signatures": self.config.signatures,
-            "log_states": states,
-            "stream": self.stream,
-            "name": self.name,
-        }
-        arguments |= {"blocks": self.blocks, "sinks": self.sinks}
+        given = {name: getattr(self, name) for name in ("stream", "name", "blocks", "sinks", "probe_batch")}
+        arguments = {**self.config.to_dict(), "signatures": self.config.signatures, "log_states": states, **given}
         plain = {name: value for name, value in arguments.items() if _is_plain(value)}
         return plain, sorted(arguments.keys() - plain.keys())
 
@@ -95,7 +93,13 @@ class Choices:
         """
         config = replace(self.config, compiled=True) if compiled and self.config.compiled == "auto" else self.config
         return Monitor(
-            model, config, sinks=sinks, blocks=self.blocks, stream=self.stream, name=self.name if name is None else name
+            model,
+            config,
+            sinks=sinks,
+            blocks=self.blocks,
+            stream=self.stream,
+            name=self.name if name is None else name,
+            probe_batch=self.probe_batch,
         )
 
 

@@ -1,7 +1,7 @@
 """The Lightning callback: `Trainer(callbacks=[RepresentationMonitor()])`."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from torch.nn import Module
 from repflow._imports import LIGHTNING, PYTORCH_LIGHTNING, require
 from repflow.callbacks._choices import Choices, run_file_of
 from repflow.monitor import Monitor, MonitorConfig, RunInfo, Snapshot
+from repflow.monitor.probe import ProbeBatch
 from repflow.monitor.sinks import AbstractSink, LoggerSink
 from repflow.monitor.sinks._keys import StateChoice, scalar_items
 
@@ -46,6 +47,8 @@ class RepresentationMonitor(Callback):
         stream: see `repflow.monitor.find_residual_stream`.
         name: of the run.
         log_states: which states become scalars in the loggers: "auto", "all", or their numbers.
+        probe_batch: measure this batch every time instead of the training batches; see `repflow.monitor.Monitor`. It is
+            given to the `forward` of the LightningModule, in the trainer's precision.
         options: fields of `MonitorConfig`.
 
     Raises:
@@ -62,6 +65,7 @@ class RepresentationMonitor(Callback):
         stream: str | None = None,
         name: str | None = None,
         log_states: StateChoice = "auto",
+        probe_batch: ProbeBatch | None = None,
         **options: Any,
     ) -> None:
         self._choices = Choices.checked(
@@ -73,6 +77,7 @@ class RepresentationMonitor(Callback):
             stream=stream,
             name=name,
             log_states=log_states,
+            probe_batch=probe_batch,
         )
         self.config = self._choices.config
         self.monitor: Monitor | None = None
@@ -112,7 +117,9 @@ class RepresentationMonitor(Callback):
         """Open the optimizer step that this micro-batch belongs to."""
         if self.monitor is not None:
             self._open = self.monitor.step(_optimizer_step(trainer))
-            self._open.__enter__()
+            probe = self._choices.probe_batch is not None  # it runs here, in the precision of the training step
+            with trainer.precision_plugin.forward_context() if probe else nullcontext():
+                self._open.__enter__()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -14,6 +14,7 @@ from repflow._imports import TRANSFORMERS, require
 from repflow.callbacks._choices import Choices, run_file_of
 from repflow.callbacks._reporters import ReporterSink
 from repflow.monitor import Monitor, MonitorConfig
+from repflow.monitor.probe import ProbeBatch
 from repflow.monitor.sinks import AbstractSink, WandbSink
 from repflow.monitor.sinks._keys import StateChoice
 from repflow.monitor.warning import warn
@@ -53,6 +54,7 @@ class RepresentationMonitorCallback(TrainerCallback, ExportableState):
         stream: see `repflow.monitor.find_residual_stream`.
         name: of the run; in a hyperparameter search that of the trial is added.
         log_states: which states become scalars in the reporters: "auto", "all", or their numbers.
+        probe_batch: measure this batch every time instead of the training batches; see `repflow.monitor.Monitor`.
         options: fields of `MonitorConfig`.
 
     Raises:
@@ -69,6 +71,7 @@ class RepresentationMonitorCallback(TrainerCallback, ExportableState):
         stream: str | None = None,
         name: str | None = None,
         log_states: StateChoice = "auto",
+        probe_batch: ProbeBatch | None = None,
         **options: Any,
     ) -> None:
         self._choices = Choices.checked(
@@ -80,6 +83,7 @@ class RepresentationMonitorCallback(TrainerCallback, ExportableState):
             stream=stream,
             name=name,
             log_states=log_states,
+            probe_batch=probe_batch,
         )
         self.config = self._choices.config
         self.monitor: Monitor | None = None

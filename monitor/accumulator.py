@@ -8,6 +8,7 @@ from torch import Tensor
 
 from repflow.monitor.capture import CapturedForward
 from repflow.monitor.config import Metric, MonitorConfig
+from repflow.monitor.drift import Drift
 from repflow.monitor.functional.inter_token import mean_pair_cosine
 from repflow.monitor.positions import every_position, token_positions, without_first
 from repflow.monitor.sampling import select
@@ -36,6 +37,7 @@ class Accumulator:
         failed: called with the name of a metric and its exception; the other metrics go on.
         documents: whether integer masks may tell documents apart. If not, the kernels take them as padding, which costs
             less, and the largest value is kept: it tells if that was wrong.
+        drift: compares the tokens of CKA with what their states were; the layout is then that of a probe.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class Accumulator:
         device: torch.device,
         failed: Callable[[Metric, Exception], None],
         documents: bool = True,
+        drift: Drift | None = None,
     ) -> None:
         self._config, self._step, self._failed, self._documents = config, step, failed, documents
+        self._drift = drift
         self.flat = layout.zeros(device)
         self.forwards = 0
         self.counted_documents = False
@@ -181,9 +185,10 @@ class Accumulator:
         room = ceil(config.max_documents * prod(part.shape) / prod(batch))
         # A view of the states, or all of them with the places of what is meant: they are not copied.
         selected = part.positions(batch, states.device)
+        groups = self._groups(states, None if mask is None else part.take(mask), room)
         statistics = hsic_statistics(
             part.take(states, dim=1) if selected is None else states,
-            self._groups(states, None if mask is None else part.take(mask), room),
+            groups,
             estimator=config.cka_estimator,
             selected=selected,
         )
@@ -198,6 +203,8 @@ class Accumulator:
             self._raise_to(
                 "fourth_moment_max", statistics.fourth_moment_max.masked_fill(unused.unsqueeze(1), 0.0).amax(0)
             )
+        if self._drift is not None:
+            self._add(drift_hsic=self._drift.measure(part.take(states, dim=1), groups))
 
     def _add(self, **values: Tensor) -> None:
         """Add to the sums of these names."""

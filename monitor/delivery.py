@@ -93,6 +93,7 @@ class MeasuredStep:
             values[: layout.size],
             num_states=layout.num_states,
             ssm_blocks=layout.ssm_blocks,
+            probe=layout.probe,
             step=self.number,
             stream=stream,
             overhead_ms=self.overhead_ms() + extra_ms,

@@ -3,7 +3,7 @@
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from repflow.monitor.buffer import CaptureBuffer
 from repflow.monitor.capture import Capture, CapturedForward
 from repflow.monitor.config import Metric, MonitorConfig
 from repflow.monitor.delivery import MeasuredStep, step_number
+from repflow.monitor.probe import Probe, ProbeBatch
 from repflow.monitor.publication import Publication
 from repflow.monitor.ranks import is_first_rank
 from repflow.monitor.residual_stream import ResidualStream, find_residual_stream
@@ -67,9 +68,18 @@ class Monitor:
         name: of the run; the model's class and the time if None.
         process_group: the ranks that share a batch; the default group if None. Of ranks that see the same tokens, as
             under tensor parallelism, each would count them: pass the data-parallel group then, or `reduce=False`.
+        probe_batch: measure this batch every time instead of what the model is trained on: curves over steps then show
+            the model and not the data, and snapshots have `drift_first` and `drift_previous`. The arguments of the
+            model's forward (a mapping, a tuple, or a tensor), or a function that returns them, called once. When a
+            measured step opens, the model runs on it in evaluation mode and without gradients, under the autocast that
+            is active there; everything is put back after, and hooks of your own fire. Always the same tokens are
+            measured. If the forward raises, monitoring ends. In a resumed run drift begins again at its first step:
+            the states that it refers to are in no checkpoint. Not for sharded or compiled models.
 
     Raises:
-        ValueError: no residual stream was found, or `states="hf"` for a model without a final norm.
+        TypeError: a `probe_batch` that holds no arguments.
+        ValueError: no residual stream was found, `states="hf"` for a model without a final norm, or `probe_batch` for a
+            model that cannot be run between training steps.
     """
 
     def __init__(
@@ -82,6 +92,7 @@ class Monitor:
         stream: str | None = None,
         name: str | None = None,
         process_group: "torch.distributed.ProcessGroup | None" = None,
+        probe_batch: ProbeBatch | None = None,
     ) -> None:
         self.config = config or MonitorConfig()
         self.stream: ResidualStream = find_residual_stream(model, blocks, stream=stream)
@@ -91,7 +102,11 @@ class Monitor:
                 f'{self.stream.name!r} in {type(model).__name__}; use states="residual", which '
                 "transformers returns too of a model without it"
             )
-        self.run: RunInfo = describe_run(model, self.stream, self.config, name)
+        resident = is_compiled(model) if self.config.compiled == "auto" else self.config.compiled
+        self._probe: Probe | None = None
+        if probe_batch is not None:
+            self._probe = Probe(model, probe_batch, self.config.cka_estimator, compiled=resident)
+        self.run: RunInfo = describe_run(model, self.stream, self.config, name, probe=self._probe is not None)
         self._schedule = Schedule(self.config.every_n_steps)
         self._metrics: tuple[Metric, ...] = self.config.metrics
         self._sink = FanOutSink(sinks if is_first_rank() else ())
@@ -99,7 +114,6 @@ class Monitor:
         self._step: MeasuredStep | None = None
         self._is_open = False
         self._cut_off = False  # by an exception: whether the other ranks go on is unknown
-        resident = is_compiled(model) if self.config.compiled == "auto" else self.config.compiled
         self._signatures = SignatureBook(self.config.rules)
         self._publication = Publication(
             self.run,
@@ -126,6 +140,7 @@ class Monitor:
             on_forward=weakly(self._add),
             run=weakly(self._run),
             resident=resident,
+            training_only=self._probe is None,
             inner=self._decays.hooks() if "ssm" in self._metrics else (),
         )
 
@@ -149,7 +164,8 @@ class Monitor:
 
         Args:
             step: number of the optimizer step, from 0.
-            mask: `[B, T]`, attention mask or document numbers, in place of the one that the model receives.
+            mask: `[B, T]`, attention mask or document numbers, in place of the one that the model receives. That of a
+                probe batch is in the batch.
 
         Raises:
             TypeError: a step that is not an integer.
@@ -170,9 +186,12 @@ class Monitor:
             yield
             return
         self._step = self._step or MeasuredStep(step)
-        self._run(self._arm, mask)
         self._is_open = True
         try:
+            if self._probe is None:
+                self._run(self._arm, mask)
+            else:
+                self._run(self._measure, self._probe)
             yield
         except BaseException:
             self._drop()
@@ -233,7 +252,7 @@ class Monitor:
         self._publication.leave()
         self._run(self._capture.disarm)
         self._run(self._capture.remove)
-        self._capture.buffer.release()
+        self._release()
         self._publication.stopped = True
         self._run(self._sink.close)
 
@@ -274,10 +293,15 @@ class Monitor:
     def _choose_for_decays(self, captured: tuple[int, int]) -> Selection:
         return self._select(captured, self.config.ssm_tokens)
 
+    @property
+    def _drawn_by(self) -> int:
+        """The number that tokens are chosen by: that of the step, while a probe batch keeps the same ones."""
+        return self._current().number if self._probe is None else 0
+
     def _select(self, batch: tuple[int, int], tokens: int) -> Selection:
         step = self._current()
         forward = step.sums.forwards if step.sums is not None else 0
-        return select(batch, tokens, seed=self.config.seed, step=step.number, forward=forward)
+        return select(batch, tokens, seed=self.config.seed, step=self._drawn_by, forward=forward)
 
     def _add(self, forward: CapturedForward) -> None:
         """Accumulate one micro-batch."""
@@ -285,8 +309,10 @@ class Monitor:
         if step.sums is None:
             failed = weakly(self._drop_metric)
             packed = self._publication.packed is not False
-            step.sums = Accumulator(self.config, self.run.layout, step.number, device, failed, packed)
-        with step.timed(device):
+            drift = None if self._probe is None else self._probe.drift
+            step.sums = Accumulator(self.config, self.run.layout, self._drawn_by, device, failed, packed, drift)
+        # The forward of a probe batch is timed as a whole.
+        with step.timed(device) if self._probe is None else nullcontext():
             step.sums.add(forward, self._metrics)
             if (decays := self._decays.take(forward)) is not None:
                 step.sums.add_decays(decays)
@@ -300,6 +326,27 @@ class Monitor:
         self._publication.join()
         if self.enabled:
             self._capture.arm(mask)
+
+    def _measure(self, probe: Probe) -> None:
+        """Run the probe batch through the model, once per step and before anything is trained on in it."""
+        self._publication.join()
+        step = self._current()
+        if not self.enabled or step.sums is not None:
+            return
+        host_ms = step.host_ms
+        self._capture.arm(None)
+        try:
+            with step.timed(probe.device):
+                probe.run()
+        except Exception as error:
+            raise RuntimeError(f"the forward of probe_batch raised {type(error).__name__}: {error}") from error
+        finally:
+            self._capture.disarm()
+            step.host_ms = host_ms  # the hooks' own time is a part of what this call takes
+        times = 0 if step.sums is None else step.sums.forwards
+        if self.enabled and times != 1:
+            reasons = self._capture.broken or ", ".join(self._capture.ignored) or f"it did so {times} times"
+            raise RuntimeError(f"expected the forward of probe_batch to run all blocks once, but {reasons}")
 
     def _disarm(self) -> None:
         self._capture.disarm()
@@ -354,11 +401,16 @@ class Monitor:
         elif self._step is not None:
             self._step = MeasuredStep(self._step.number, scalars=self._step.scalars)
         self._capture.disarm()
-        self._decays.forget()
-        self._capture.buffer.release()
+        self._release()
         self._warn(
             f"stopped monitoring{number}: {type(error).__name__}: {error}. Training goes on without it", key="stopped"
         )
+
+    def _release(self) -> None:
+        self._decays.forget()
+        self._capture.buffer.release()
+        if self._probe is not None:
+            self._probe.release()
 
     def _drop_metric(self, metric: Metric, error: Exception) -> None:
         """Go on without a metric that failed."""

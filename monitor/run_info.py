@@ -16,8 +16,10 @@ from repflow.monitor.snapshot import BlockInfo, RunInfo
 from repflow.monitor.ssm import ssm_blocks
 
 
-def describe_run(model: Module, stream: ResidualStream, config: MonitorConfig, name: str | None) -> RunInfo:
-    """The metadata of a run of `model`; without a `name`, one that no other run has.
+def describe_run(
+    model: Module, stream: ResidualStream, config: MonitorConfig, name: str | None, *, probe: bool = False
+) -> RunInfo:
+    """The metadata of a run of `model`; without a `name`, one that no other run has. `probe`: of a probe batch.
 
     The model's class is that of the outermost module that takes an attention mask: what wraps it says little.
     """
@@ -33,5 +35,6 @@ def describe_run(model: Module, stream: ResidualStream, config: MonitorConfig, n
         parameters=sum(p.numel() for p in model.parameters() if not isinstance(p, UninitializedParameter)),
         config=config.to_dict(),
         ssm_blocks=ssm_blocks(stream) if "ssm" in config.metrics else (),
+        probe=probe,
         versions={"repflow": repflow.__version__, "python": platform.python_version(), **loaded},
     )

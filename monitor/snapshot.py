@@ -29,12 +29,14 @@ SSM_QUANTILES = QUANTILES
 class SumLayout:
     """Where each sum of a step lies in the flat vector, for a stream of `num_states` states (S = L + 1).
 
-    `ssm_blocks` are the indices of the M blocks whose decay rates are counted. All entries are sums, except the last
+    `ssm_blocks` are the indices of the M blocks whose decay rates are counted; `probe` says that the states are those
+    of a probe batch, which are compared with what they were. All entries are sums, except the last
     ones, named in `MAXIMA`, which are merged by maximum.
     """
 
     num_states: int
     ssm_blocks: tuple[int, ...] = ()
+    probe: bool = False
 
     MAXIMA: ClassVar[tuple[str, ...]] = ("fourth_moment_max", "mask_max", "document_max", "documents_left_out")
 
@@ -43,6 +45,7 @@ class SumLayout:
         """Name -> shape of every sum, in the order of the flat vector."""
         states = self.num_states
         transitions, interior, ssm = states - 1, max(states - 2, 0), len(self.ssm_blocks)
+        drift = states if self.probe else 0
         return {
             "tokens": (),  # valid tokens measured
             "sequences": (),  # groups with at least one valid token
@@ -73,6 +76,7 @@ class SumLayout:
             "ssm_decay_bins": (ssm, RATE_BINS),  # tokens by −ln ρ_t
             "ssm_memory_bins": (ssm, RATE_BINS),  # tokens × channels by 1/τ
             "ssm_nonfinite": (ssm,),  # valid tokens with a Δ that is a NaN or an infinity
+            "drift_hsic": (drift, 3, 3),  # Σ over groups of HSIC of h^(l) now, at first and the time before
             "fourth_moment_max": (states,),  # the largest ‖x_c‖⁴ of one token
             "mask_max": (),  # the largest value of a mask that was read as padding only
             "document_max": (),  # the largest value of a mask that was looked through for documents
@@ -111,7 +115,7 @@ class SumLayout:
     def values(self, flat: Float64[Tensor, "*batch size"]) -> dict[str, Tensor]:
         """Everything that is divided out of the sums, under the names and in the shapes of `Snapshot`."""
         part = self.views(flat)
-        return {
+        values = {
             "tokens": part["tokens"].long(),
             "sequences": part["sequences"].long(),
             "inter_token": _ratio(part["inter_token"], part["inter_token_groups"]),
@@ -128,7 +132,13 @@ class SumLayout:
             "adjacent_tokens": _ratio(part["adjacent_tokens"], part["adjacent_tokens_count"]),
             "nonfinite": part["nonfinite"].long(),
             "zero": part["zero"].long(),
-        } | (ssm_values(part, self.ssm_blocks, self.num_states - 1) if self.ssm_blocks else {})
+        }
+        if self.ssm_blocks:
+            values |= ssm_values(part, self.ssm_blocks, self.num_states - 1)
+        if self.probe:
+            drift = cka_from_hsic(part["drift_hsic"])[..., 0, :]
+            values |= {"drift_first": drift[..., 1], "drift_previous": drift[..., 2]}
+        return values
 
     def merge_(self, into: Float64[Tensor, " size"], other: Float64[Tensor, " size"]) -> None:
         """Add the sums of `other` to `into`, in place."""
@@ -167,6 +177,8 @@ class RunInfo:
 
     ssm_blocks: tuple[int, ...] = ()
     """Indices of the blocks whose decay rates are counted; none unless the metric `ssm` is on."""
+    probe: bool = False
+    """Whether a fixed probe batch is measured, rather than what the model is trained on."""
 
     @property
     def num_states(self) -> int:
@@ -176,7 +188,7 @@ class RunInfo:
     @property
     def layout(self) -> SumLayout:
         """Of the sums of this run's snapshots."""
-        return SumLayout(self.num_states, self.ssm_blocks)
+        return SumLayout(self.num_states, self.ssm_blocks, self.probe)
 
     def to_json(self) -> str:
         """As one JSON object."""
@@ -258,6 +270,12 @@ class Snapshot:
     """Memory length τ = −1/ln ρ of its channels (heads in Mamba-2): quantiles over tokens × channels. Unit: tokens."""
     ssm_nonfinite: Int64[Tensor, " S-1"] | None = None
     """Valid tokens with a Δ that is a NaN or an infinity: left out of the two above."""
+    probe: bool = False
+    """Whether all values are those of the probe batch; the next two are None otherwise."""
+    drift_first: Float64[Tensor, " S"] | None = None
+    """Linear CKA of a state with itself at the first measurement, on the same tokens; 1 there."""
+    drift_previous: Float64[Tensor, " S"] | None = None
+    """The same with the measurement before; NaN at the first."""
     overhead_ms: float
     """Milliseconds that the monitor itself spent on this step."""
     scalars: Mapping[str, float] = field(default_factory=dict)
@@ -269,7 +287,7 @@ class Snapshot:
     signatures: Mapping[str, bool] = field(default_factory=dict)
     """Name of every signature that was judged -> whether it is raised at this step."""
     sums: Float64[Tensor, " size"]
-    """The flat vector of sums behind the values, laid out by `SumLayout(S, ssm_blocks)`."""
+    """The flat vector of sums behind the values, laid out by `SumLayout(S, ssm_blocks, probe)`."""
 
     @classmethod
     def from_sums(
@@ -278,6 +296,7 @@ class Snapshot:
         *,
         num_states: int,
         ssm_blocks: tuple[int, ...] = (),
+        probe: bool = False,
         step: int,
         stream: str,
         overhead_ms: float,
@@ -285,12 +304,13 @@ class Snapshot:
         silent_ranks: tuple[int, ...] = (),
     ) -> "Snapshot":
         """Divide the sums of a step, or of several steps merged by `SumLayout.merge_`."""
-        values: dict[str, Any] = SumLayout(num_states, ssm_blocks).values(sums)
+        values: dict[str, Any] = SumLayout(num_states, ssm_blocks, probe).values(sums)
         counts = {name: int(values.pop(name)) for name in ("tokens", "sequences")}
         return cls(
             step=step,
             stream=stream,
             ssm_blocks=ssm_blocks,
+            probe=probe,
             overhead_ms=overhead_ms,
             scalars=dict(scalars or {}),
             silent_ranks=silent_ranks,

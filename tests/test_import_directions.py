@@ -22,8 +22,8 @@ TIERS = (
         *("parts", "readers", "wrappers"),  # what residual_stream knows of architectures
     },
     {
-        *("accumulator", "buffer", "capture", "chain", "delivery", "masks", "metrics"),
-        *("notices", "positions", "ranks", "run_info", "ssm", "taps"),
+        *("accumulator", "buffer", "capture", "chain", "delivery", "drift", "masks", "metrics"),
+        *("notices", "positions", "probe", "ranks", "run_info", "ssm", "taps"),
     },
     {"sinks"},
     {"publication"},

@@ -185,4 +185,4 @@ class DominantToken(Signature):
 
 def _sums(snapshot: Snapshot) -> dict[str, Tensor]:
     """The sums behind the values, by name."""
-    return SumLayout(len(snapshot.norms), snapshot.ssm_blocks).views(snapshot.sums)
+    return SumLayout(len(snapshot.norms), snapshot.ssm_blocks, snapshot.probe).views(snapshot.sums)

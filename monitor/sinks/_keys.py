@@ -53,6 +53,9 @@ def scalar_items(snapshot: Snapshot, states: StateChoice = "auto", *, separator:
         if quantiles is not None:
             medians = quantiles[:, _MEDIAN]
             add(name, "transition", medians, [index for index in transitions if index in snapshot.ssm_blocks])
+    for name, drift in (("drift_first", snapshot.drift_first), ("drift_previous", snapshot.drift_previous)):
+        if drift is not None:
+            add(name, "state", drift, chosen)
     for name, raised in snapshot.signatures.items():
         items[separator.join(("repflow", "alerts", name))] = float(raised)
     return items | {f"repflow{separator}{name}": value for name, value in _totals(snapshot).items()}

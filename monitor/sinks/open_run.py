@@ -38,6 +38,8 @@ _VARIABLES: dict[str, tuple[tuple[str, ...], str, str, str]] = {
     "ssm_decay": (("transition", "quantile"), "f8", "decay of the slowest channel of a block, over tokens", "1"),
     "ssm_memory": (("transition", "quantile"), "f8", "memory length, over tokens and channels", "tokens"),
     "ssm_nonfinite": (("transition",), "i8", "valid tokens with a Δ that is not finite", "tokens"),
+    "drift_first": (("state",), "f8", "linear CKA of a state with itself at the first measurement", "1"),
+    "drift_previous": (("state",), "f8", "linear CKA of a state with itself at the measurement before", "1"),
     "nonfinite": (("state",), "i8", "valid tokens with a NaN or an infinity", "tokens"),
     "zero": (("state",), "i8", "valid tokens that are the zero vector", "tokens"),
     "tokens": ((), "i8", "valid tokens measured", "tokens"),
@@ -141,7 +143,7 @@ def _merge(window: Sequence[Record], attempts: Mapping[int, RunInfo], layout: Su
 
 
 def _laid_out(sums: Tensor, given: SumLayout, wanted: SumLayout) -> Tensor:
-    """Sums in the layout `wanted`, which has all state-space blocks that `given` has."""
+    """Sums in the layout `wanted`, which has all state-space blocks that `given` has, and drift if it has."""
     if len(sums) == given.size - 2:  # of a version that did not yet have what is last, of documents
         sums = pad(sums, (0, 2))
     if given == wanted:
@@ -149,7 +151,8 @@ def _laid_out(sums: Tensor, given: SumLayout, wanted: SumLayout) -> Tensor:
     result = wanted.zeros()
     into, rows = wanted.views(result), [wanted.ssm_blocks.index(block) for block in given.ssm_blocks]
     for name, value in given.views(sums).items():
-        into[name][rows if name.startswith("ssm_") else ...] = value
+        if value.numel():  # of what `given` lacks the sums stay 0
+            into[name][rows if name.startswith("ssm_") else ...] = value
     return result
 
 
@@ -175,9 +178,10 @@ def _dataset(
     import xarray  # slow to import, and writing a run does not need it
 
     steps = np.array([window[-1].step for window in windows], dtype=np.int64)
-    # A run may have been begun without the metric `ssm`, or by a version without it.
+    # A run may have been begun without the metric `ssm` or a probe batch, or by a version without them.
     of = [run, *(attempts[record.attempt] for window in windows for record in window)]
-    layout = SumLayout(run.num_states, tuple(sorted({block for info in of for block in info.ssm_blocks})))
+    ssm_blocks = tuple(sorted({block for info in of for block in info.ssm_blocks}))
+    layout = SumLayout(run.num_states, ssm_blocks, any(info.probe for info in of))
     coords = _coords(run, layout) | {"step": ("step", steps, {"long_name": "optimizer step", "units": "1"})}
     sums = [_merge(window, attempts, layout) for window in windows]
     values = layout.values(torch.stack(sums) if sums else layout.zeros().expand(0, -1))
@@ -190,7 +194,7 @@ def _dataset(
     variables: dict[str, Any] = {
         name: (("step", *dims), arrays[name].astype(dtype, copy=False), {"long_name": long_name, "units": units})
         for name, (dims, dtype, long_name, units) in _VARIABLES.items()
-        if layout.ssm_blocks or not name.startswith("ssm_")
+        if (layout.ssm_blocks or not name.startswith("ssm_")) and (layout.probe or not name.startswith("drift_"))
     }
     for name, array in _scalars(windows).items():
         free = f"scalar_{name}" if name in variables or name in coords else name
@@ -224,4 +228,5 @@ def _attrs(run: RunInfo) -> dict[str, Any]:
         "versions": json.dumps(dict(run.versions), ensure_ascii=False),
         "cka_estimator": str(config.get("cka_estimator", "unknown")),
         "states": str(config.get("states", "unknown")),
+        "measured": "probe batch" if run.probe else "training batches",
     }

@@ -122,6 +122,38 @@ def test_bit_identical_and_right_under_accumulation(tmp_path, accumulate) -> Non
     assert hooks(watched) == hooks(bare)
 
 
+class WithForward(Model):
+    """Can be called, and remembers in which precision it then computed its logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.dtype] = []
+
+    def forward(self, ids):
+        logits = self.model(input_ids=ids).logits
+        self.seen.append(logits.dtype)
+        return logits
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)])
+def test_a_probe_batch(tmp_path, precision, dtype) -> None:
+    """The same tokens at every step, in the trainer's precision, once per step; training does not see it."""
+    options: dict[str, Any] = {"accumulate_grad_batches": 2, "precision": precision}
+    model = WithForward()
+    bare, _ = fit(tmp_path / "bare", model=copy.deepcopy(model), **options)
+    sink, ids = Keep(), torch.randint(0, 64, (3, 10), generator=torch.Generator().manual_seed(7))
+    monitor = RepresentationMonitor(every_n_steps=1, sinks=[sink], probe_batch=ids)
+    watched, trainer = fit(tmp_path / "watched", monitor, model=model, **options)
+    assert watched.losses == bare.losses and hooks(watched) == hooks(bare)
+    assert all(torch.equal(a, b) for a, b in zip(bare.parameters(), watched.parameters(), strict=True))
+    assert sink.steps == list(range(6)) and sink.tokens == [30] * 6
+    assert watched.seen == [dtype] * 6
+    last, earlier = (sink.snapshots[step].drift_first for step in (-1, 1))
+    assert last is not None and earlier is not None and (last < earlier).all()
+    assert float(trainer.callback_metrics["repflow/drift_first/state_03"]) == pytest.approx(float(last[3]))
+
+
 def test_sanity_checks_and_validation_are_not_recorded(tmp_path) -> None:
     sink = Keep()
     fit(tmp_path, RepresentationMonitor(every_n_steps=1, sinks=[sink]), val_check_interval=2, num_sanity_val_steps=3)

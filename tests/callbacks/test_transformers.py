@@ -143,6 +143,22 @@ def test_bit_identical_and_right_under_accumulation(tmp_path, accumulate) -> Non
     assert sum(hooks(watched.model)) == 0
 
 
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=["float32", "bf16"])
+def test_a_probe_batch(tmp_path, precision) -> None:
+    """The same tokens at every step, once per step under accumulation, and training does not see it."""
+    options = {"gradient_accumulation_steps": 2, **precision}
+    bare, keep = train(tmp_path / "bare", **options), Keep()
+    batch = {name: torch.stack([row[name] for row in rows(3)]) for name in ("input_ids", "attention_mask")}
+    callback = RepresentationMonitorCallback(every_n_steps=1, sinks=[keep], probe_batch=batch | {"use_cache": False})
+    watched = train(tmp_path / "watched", callback, **options)
+    assert same(bare, watched) and sum(hooks(watched.model)) == 0
+    assert keep.steps == list(range(6)) and keep.tokens == [24] * 6
+    last, earlier = (keep.snapshots[step].drift_first for step in (-1, 1))
+    assert last is not None and earlier is not None and (last < earlier).all()
+    assert [snapshot.scalars["loss"] for snapshot in keep.snapshots] == pytest.approx(losses(watched), rel=1e-6)
+
+
 def test_the_loss_is_that_of_the_step_however_often_the_trainer_logs(tmp_path) -> None:
     every = train(tmp_path / "every")
     keep = Keep()

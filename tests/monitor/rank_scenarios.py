@@ -199,6 +199,26 @@ def scalars(rank: int, caught: list[warnings.WarningMessage]) -> dict[str, Any]:
     return result(monitor, sink, caught)
 
 
+def probe(failing: int | None, rank: int, caught: list[warnings.WarningMessage]) -> dict[str, Any]:
+    """The same probe batch on both ranks, of which one may fail: the other must not wait for it in DDP's forward."""
+
+    def net() -> nn.Module:
+        made = model()
+        made.register_buffer("sent", torch.zeros(1, device=device()))  # which DDP sends whenever it runs itself
+        return wrapped(made, "ddp")
+
+    def given() -> tuple[Tensor, Tensor]:
+        if rank == failing:
+            raise ZeroDivisionError("planted")
+        return batch(9, 0)
+
+    bare, trained = train(None, net(), rank), net()
+    monitor, sink = watch(trained, probe_batch=given)
+    losses = train(monitor, trained, rank)
+    monitor.close()
+    return result(monitor, sink, caught, bare=bare, losses=losses)
+
+
 class Stream(nn.Module):
     """Blocks and no embedding, so that states have whatever form the input has."""
 
@@ -258,4 +278,6 @@ SCENARIOS: dict[str, Callable[[int, list[warnings.WarningMessage]], dict[str, An
             one_rank_without_a_monitor, not_reduced, late, scalars,
         )
     },
+    "probe": partial(probe, None),
+    "probe fails": partial(probe, 1),
 }  # fmt: skip

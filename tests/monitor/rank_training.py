@@ -131,7 +131,8 @@ def train(
 def watch(net: nn.Module, **options: Any) -> tuple[Monitor, Keep]:
     sink, group = Keep(), options.pop("process_group", None) or dist.new_group()
     assert isinstance(group, dist.ProcessGroup)
-    return Monitor(net, MonitorConfig(every_n_steps=1, **options), sinks=[sink], process_group=group), sink
+    probe, config = options.pop("probe_batch", None), MonitorConfig(every_n_steps=1, **options)
+    return Monitor(net, config, sinks=[sink], process_group=group, probe_batch=probe), sink
 
 
 def result(monitor: Monitor, sink: Keep, caught: list[warnings.WarningMessage], **more: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from repflow.monitor import Monitor, MonitorConfig
 from repflow.monitor.snapshot import SumLayout
 from tests.monitor import two_ranks
 from tests.monitor.rank_scenarios import Stream
-from tests.monitor.rank_training import PLACEMENTS, STEPS, WAYS, one_process, states_and_mask
+from tests.monitor.rank_training import PLACEMENTS, STEPS, WAYS, batch, one_process, states_and_mask
 
 Results = list[dict[str, dict[str, Any]]]
 LAYOUT = SumLayout(5)
@@ -119,6 +119,22 @@ def test_each_rank_for_itself(ranks: Results) -> None:
 def test_a_rank_that_is_late_is_not_waited_for(ranks: Results) -> None:
     first, second = (results["late"] for results in ranks)
     assert first["seconds"] < 1 and second["latest"][0] == 1 and first["said"] == []
+
+
+@pytest.mark.parametrize(("scenario", "silent"), [("probe", ()), ("probe fails", (1,))], ids=lambda value: str(value))
+def test_a_probe_batch(ranks: Results, scenario: str, silent: tuple[int, ...]) -> None:
+    """Each rank that runs it adds the same sums. That a rank fails keeps neither the other nor the training."""
+    first, second = (results[scenario] for results in ranks)
+    assert first["losses"] == first["bare"] and second["losses"] == second["bare"]
+    assert steps_of(first) == [(step, silent) for step in range(STEPS)]
+    assert [len(results["said"]) for results in (first, second)] == [len(silent), len(silent)]
+    layout = SumLayout(5, probe=True)
+    tokens = int(batch(9, 0, torch.device("cpu"))[1].sum())
+    values = [layout.values(sums) for _, sums, *_ in first["snapshots"]]
+    assert [int(value["tokens"]) for value in values] == [tokens * (2 - len(silent))] * STEPS
+    torch.testing.assert_close(values[0]["drift_first"], torch.ones(5, dtype=torch.float64))
+    assert (values[-1]["drift_first"] < values[1]["drift_first"]).all()
+    assert torch.equal(values[1]["drift_first"], values[1]["drift_previous"])
 
 
 def test_scalars_are_averaged_by_name(ranks: Results) -> None:
