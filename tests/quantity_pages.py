@@ -20,7 +20,10 @@ SHAPES = {
     (2,): "one number for each block (L)",
     (3, 3): "one number for each pair of states (S × S)",
     (2, 64): "one number for each block and each of 64 places in the sequence",
-    (2, 5): "quantiles .05, .25, .5, .75 and .95 for each block; NaN for blocks that are not state-space blocks",
+    (
+        2,
+        5,
+    ): "quantiles .05, .25, .5, .75 and .95 for each state-space block; NaN where a block is none; loggers get the median",
 }
 """What the shapes of a model with two blocks mean."""
 
@@ -70,7 +73,7 @@ def page(name: str, definition: Definition, snapshot: Snapshot) -> str:
 def _places(name: str, snapshot: Snapshot) -> str:
     """Where its values are found."""
     rows = [f"- in Python: `Snapshot.{name}`", f"- in a run file: `open_run(path).{name}`"]
-    keys = [key for key in scalar_items(snapshot) if key.split("/")[1] == name]
+    keys = [key for key in scalar_items(snapshot) if key.split("/")[1] in (name, f"{name}_first_last")]
     if keys:
         rows.append(f"- in loggers: `{keys[0]}`{' and so on' if len(keys) > 1 else ''}")
     if name in FUNCTIONS:

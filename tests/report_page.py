@@ -41,7 +41,8 @@ the keyboard alone. `repflow report` and `repflow watch` show the same figures. 
   B interpolated linearly. CKA of different estimators is not compared.
 - **With the keyboard**, Tab goes from the slider to the lists, the definitions and the figures; in a figure the arrow
   keys go from point to point, and what hovering shows is shown and read out.
-- **Definition** beside each heading opens its formula, its unit, how to read it and what to do; below is a page of each.
+- **Definition** beside each heading opens its formula, its unit, how to read it and what to do; the list below leads
+  to a page of each.
 - **Long runs are thinned**, which the page says where it does so: 300 columns of a heatmap and 2,000 points of a
   curve per run (largest values where outliers matter, else single snapshots), 30 steps of the slider.
 - **Colours** follow the system, or the choice at the top, which the browser remembers. On paper the page is light and
