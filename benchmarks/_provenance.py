@@ -88,5 +88,6 @@ def _commit() -> str:
     if commit is None:
         return "unknown"
     # Results of a benchmark that ran just before, and the table made from them, are not what is measured.
-    changed = _run("git", "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results", ":(exclude)README.md")
+    made = (f":(exclude){path}" for path in ("benchmarks/results", "README.md", "docs/performance.md"))
+    changed = _run("git", "status", "--porcelain", "--", ".", *made)
     return commit if changed == "" else f"{commit}-dirty"

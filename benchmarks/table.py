@@ -1,4 +1,4 @@
-"""The README's section on speed, made from the results of the benchmarks."""
+"""What the README and docs/performance.md say of speed, made from the results of the benchmarks."""
 
 import argparse
 import difflib
@@ -48,57 +48,75 @@ _OVERHEAD = (
     "synchronisations of CPU and GPU as far as PyTorch tells, and the CPU time of the monitor by itself."
 )
 
+_MEASURED = (
+    "`make bench` measures this, and the kernels beside floors and other packages "
+    "([docs/performance.md](docs/performance.md)); it checks each result in the run that times it."
+)
+
 
 def main() -> int:
-    """Write the section into the README, or with --check only say whether it is up to date."""
+    """Write the sections into both pages, or with --check only say whether they are up to date."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if the README is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a page is out of date")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the CSV files")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="page for the training step")
+    parser.add_argument("--performance", type=Path, default=ROOT / "docs" / "performance.md", help="for the kernels")
     options = parser.parse_args()
-    old = options.readme.read_text(encoding="utf-8")
-    new = replace_section(old, section(options.results))
+    sections = {
+        options.readme: steps_section(options.results),
+        options.performance: kernels_section(options.results),
+    }
+    return max([update(page, text, check=options.check) for page, text in sections.items()])
+
+
+def update(page: Path, text: str, *, check: bool) -> int:
+    """Put `text` into the section of a page, or only print what would change; 1 if that is anything."""
+    old = page.read_text(encoding="utf-8")
+    new = replace_section(old, text, page.name)
     if old == new:
         return 0
-    if not options.check:
-        options.readme.write_text(new, encoding="utf-8")
+    if not check:
+        page.write_text(new, encoding="utf-8")
         return 0
     print(*difflib.unified_diff(old.splitlines(), new.splitlines(), "is", "should be", n=0, lineterm=""), sep="\n")
-    print("README.md is not what the results say; run: python benchmarks/table.py")
+    print(f"{page.name} is not what the results say; run: python benchmarks/table.py")
     return 1
 
 
-def replace_section(readme: str, text: str) -> str:
-    """`readme` with `text` between the two markers.
+def replace_section(page: str, text: str, name: str) -> str:
+    """`page` with `text` between the two markers.
 
     Raises:
         ValueError: the markers are not there once each, in order.
     """
-    before, start, rest = readme.partition(START)
+    before, start, rest = page.partition(START)
     _, end, after = rest.partition(END)
     if not (start and end) or START in rest or END in after:
-        raise ValueError(f"README.md: expected one line {START!r} and after it one line {END!r}; put them back")
+        raise ValueError(f"{name}: expected one line {START!r} and after it one line {END!r}; put them back")
     return "\n".join([before + START, *([text] if text else []), END + after])
 
 
-def section(results: Path) -> str:
-    """The section for the CSV files that there are in `results`; empty without any."""
-    parts: list[str] = []
-    for name, describe in (("kernels.csv", describe_kernels), ("overhead.csv", describe_overhead)):
-        if (results / name).exists():
-            rows = read_rows(results / name)
-            parts += [*describe(rows), origin(rows[0], name)]
-    if not parts:
+def steps_section(results: Path) -> str:
+    """The README's section: what a training step pays; empty without results."""
+    if not (results / "overhead.csv").exists():
         return ""
-    promise = "`make bench` measures all of this, and checks each result in the run that times it."
-    return "\n\n".join(["## Speed", promise, *parts])
+    rows = read_rows(results / "overhead.csv")
+    return "\n\n".join(["## Speed", prose(_MEASURED), *describe_overhead(rows), origin(rows[0], "overhead.csv", "")])
 
 
-def origin(row: Row, name: str) -> str:
-    """Where the numbers of a file come from."""
+def kernels_section(results: Path) -> str:
+    """The section of docs/performance.md: the kernels beside floors and peers; empty without results."""
+    if not (results / "kernels.csv").exists():
+        return ""
+    rows = read_rows(results / "kernels.csv")
+    return "\n\n".join(["## The kernels", *describe_kernels(rows), origin(rows[0], "kernels.csv", "../")])
+
+
+def origin(row: Row, name: str, root: str) -> str:
+    """Where the numbers of a file come from; `root` leads from the page to the root of the repository."""
     where = "({device}, driver {driver}, torch {torch}, triton {triton}, Python {python}; {date}, commit {commit}; "
-    text = where + "medians; [all rows](benchmarks/results/{name}).)"
-    return prose(text, name=name, **{column: row[column] for column in COLUMNS})
+    text = where + "medians; [all rows]({root}benchmarks/results/{name}).)"
+    return prose(text, name=name, root=root, **{column: row[column] for column in COLUMNS})
 
 
 def describe_kernels(rows: list[Row]) -> list[str]:

@@ -1,11 +1,11 @@
-"""docs/report.md, with the definitions that the report shows.
+"""docs/report.md, with links to what the report defines.
 
 `python -m tests.report_page` writes it; a test compares.
 """
 
 from pathlib import Path
 
-from repflow.monitor.report._definitions import markdown
+from repflow.monitor.report._definitions import DEFINITIONS
 
 PAGE = Path(__file__).parents[1] / "docs" / "report.md"
 
@@ -20,7 +20,7 @@ repflow watch repflow-runs/my-run.db                # the same page, following a
 ![Three runs of the demo: inter-token similarity over depth and steps](images/report-light.png)
 
 The page is one file: it asks nothing of any network, opens from a disk, prints, and is read with the mouse or with
-the keyboard alone. `repflow report` and `repflow watch` show the same figures. (The definitions below are written by
+the keyboard alone. `repflow report` and `repflow watch` show the same figures. (The list below is written by
 `python -m tests.report_page`, the pictures by `python -m tests.screenshots`, from `repflow demo --quick`.)
 
 ## How to read it
@@ -41,7 +41,8 @@ the keyboard alone. `repflow report` and `repflow watch` show the same figures. 
   B interpolated linearly. CKA of different estimators is not compared.
 - **With the keyboard**, Tab goes from the slider to the lists, the definitions and the figures; in a figure the arrow
   keys go from point to point, and what hovering shows is shown and read out.
-- **Definition** beside each heading opens what is said below.
+- **Definition** beside each heading opens its formula, its unit, how to read it and what to do; the list below leads
+  to a page of each.
 - **Long runs are thinned**, which the page says where it does so: 300 columns of a heatmap and 2,000 points of a
   curve per run (largest values where outliers matter, else single snapshots), 30 steps of the slider.
 - **Colours** follow the system, or the choice at the top, which the browser remembers. On paper the page is light and
@@ -79,8 +80,9 @@ The whole run file is read for each page, which takes several times its size in 
 
 def page_text() -> str:
     """The whole page."""
-    return INTRODUCTION + markdown()
+    rows = (f"- [{definition.title}](quantities/{name}.md)\n" for name, definition in DEFINITIONS.items())
+    return INTRODUCTION + "".join(rows)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page_text())
+    PAGE.write_text(page_text(), encoding="utf-8")

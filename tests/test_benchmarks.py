@@ -1,4 +1,4 @@
-"""The benchmarks, tried out on a CPU: what their results must say, and the numbers in the README made from them."""
+"""The benchmarks, tried out on a CPU: what their results must say, and the numbers in the docs made from them."""
 
 import csv
 import os
@@ -148,25 +148,28 @@ def test_a_changed_tree_is_told(load, monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert module.provenance()["commit"] == f"{clean}-dirty"
 
 
-def test_the_readme_says_what_the_results_say():
+def test_the_pages_say_what_the_results_say():
     done = run("table.py", "--check")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_stale_readme_is_noticed(results: Path, tmp_path: Path):
+def test_stale_pages_are_noticed(results: Path, tmp_path: Path):
     readme = shutil.copy(ROOT / "README.md", tmp_path)
-    options = ("--results", results, "--readme", readme)
+    page = shutil.copy(ROOT / "docs" / "performance.md", tmp_path)
+    options = ("--results", results, "--readme", readme, "--performance", page)
     stale = run("table.py", *options, "--check")
-    assert stale.returncode == 1 and "run: python benchmarks/table.py" in stale.stdout
+    assert stale.returncode == 1 and "performance.md is not what the results say; run: python" in stale.stdout
+    assert "README.md is not what the results say" in stale.stdout  # the results are of kernels alone
     assert run("table.py", *options).returncode == 0
     assert run("table.py", *options, "--check").returncode == 0
-    _, heading, section = Path(readme).read_text(encoding="utf-8").partition("## Speed")
+    _, heading, section = Path(page).read_text(encoding="utf-8").partition("## The kernels")
     section = section.partition("<!--")[0]
-    assert heading and "| **repflow** |" in section and "benchmarks/results/kernels.csv" in section
+    assert heading and "| **repflow** |" in section and "../benchmarks/results/kernels.csv" in section
     assert all(len(line) <= 120 for line in section.splitlines() if line[:1] != "|")
     # Without results there is nothing to show.
-    assert run("table.py", "--results", tmp_path, "--readme", readme).returncode == 0
     assert "## Speed" not in Path(readme).read_text(encoding="utf-8")
+    assert run("table.py", "--results", tmp_path, "--readme", readme, "--performance", page).returncode == 0
+    assert "## The kernels" not in Path(page).read_text(encoding="utf-8")
 
 
 def test_the_overhead_of_a_step_is_shown(load, tmp_path: Path):
@@ -182,7 +185,7 @@ def test_the_overhead_of_a_step_is_shown(load, tmp_path: Path):
     rare = {**shared, "variant": "every 50th", "overhead_percent": -0.031, "standard_error_percent": 0.012}
     costs = {"extra_memory_mib": 65.5, "cpu_us": 512.0}
     load("_provenance").write_rows(tmp_path / "overhead.csv", [{**bare, **dict.fromkeys(costs)}, {**rare, **costs}])
-    lines = load("table").section(tmp_path).splitlines()
+    lines = load("table").steps_section(tmp_path).splitlines()
     assert "| GPTNeoX tiny, 3 blocks, 1,234 tokens | bare | 100 | – | – | 64 | 0 | – |" in lines
     assert "| GPTNeoX tiny, 3 blocks, 1,234 tokens | every 50th | – | -0.03 ± 0.01 | 65.5 | 64 | – | 512 |" in lines
     assert lines.count("GPTNeoX tiny: a note.") == 1

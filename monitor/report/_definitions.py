@@ -1,6 +1,6 @@
-"""What each quantity of the page is: formula, unit, how to read it, and where it comes from.
+"""What each quantity of the page is: formula, unit, how to read it, what to do, and where it comes from.
 
-The only place where these texts stand: the page shows them one click away, and docs/report.md holds them too.
+The only place where these texts stand: the page shows them one click away, and the pages of docs/quantities hold them.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,9 @@ class Definition:
     unit: str
     """Unit, and the range of its values."""
     reading: str
-    """What its values tell, and what to do about them."""
+    """What its values tell."""
+    advice: str
+    """What to do about them."""
     source: str
     """Where the paper has it; empty where it is repflow's own."""
 
@@ -33,6 +35,9 @@ DEFINITIONS = {
         unit="dimensionless, −1/(n − 1) … 1",
         reading="Near 1, all tokens point the same way (oversmoothing); near 0, they keep directions of their own. "
         "The paper finds transformers above .8 early in depth, and state-space models rising in their last layers.",
+        advice="Look where along depth it rises, and whether it rises over steps: compare with the first snapshot, for "
+        "repetitive text starts high. Then see the updates, which tell the block that causes it; look at the learning "
+        "rate and its warm-up, the scale of embeddings and initialisation.",
         source="Eq. 2, Figures 2 and 3",
     ),
     "update_inter_token": Definition(
@@ -42,6 +47,8 @@ DEFINITIONS = {
         unit="dimensionless, −1/(n − 1) … 1",
         reading="Near 1, the block adds the same vector to every token, and so drives them together; near 0, it "
         "treats tokens differently. It tells which block causes what inter-token similarity shows from there on.",
+        advice="Look first at the blocks where it is near 1 and inter-token similarity rises behind them: a bias that "
+        "grows, attention that is uniform, or a memory far longer than the sequence adds the same to all tokens.",
         source="Eq. 2, applied to the updates",
     ),
     "adjacent": Definition(
@@ -51,6 +58,8 @@ DEFINITIONS = {
         unit="dimensionless, −1 … 1",
         reading="Near 1, the block hardly turns the stream (residual connections alone push it up); low, it rewrites "
         "it. A block that stays at 1 throughout training may be dead.",
+        advice="At 1 for one block: check that it is trained and that its output is added to the stream. Low for one "
+        "block: see the norms, for one block may write far more than the others.",
         source="Section 3.2, Figure 1",
     ),
     "adjacent_tokens": Definition(
@@ -61,6 +70,8 @@ DEFINITIONS = {
         reading="Columns are blocks, rows are places in the sequence. Rows alike: the block treats all positions "
         "alike, as the paper finds. A row that differs, often the first, is a token with a role of its own, such as an "
         "attention sink.",
+        advice="If the first tokens differ from all others, set <code>skip_first_tokens</code> to as many, and see the "
+        "other quantities without them.",
         source="Section 3.2, Figure 1",
     ),
     "cka": Definition(
@@ -71,6 +82,9 @@ DEFINITIONS = {
         reading="1: two states hold the same geometry up to rotation, shift and scale; 0: unrelated. Blocks of the "
         "matrix near 1 are layers that repeat each other. Biased values run higher than unbiased ones, which can fall "
         "below 0 for few tokens. HSIC grows as norm⁴: read it together with the largest share of one token.",
+        advice="If a run of layers stays near 1 at the end of training, compare with a model of fewer blocks. If the "
+        "largest share of one token is near 1, set <code>skip_first_tokens</code> first. For less noise raise "
+        "<code>cka_tokens</code>; compare values of one estimator only.",
         source="Section 3.3, Figure 4",
     ),
     "v_loc": Definition(
@@ -80,6 +94,8 @@ DEFINITIONS = {
         unit="units of the stream, ≥ 0",
         reading="How sharply the path through depth bends. It grows with the scale of the stream: compare runs by the "
         "relative one.",
+        advice="If it jumps, see the norms first: a stream that has grown does that by itself. If the norms are "
+        "steady, <code>local_variance</code> in the run file tells the state where the path bends.",
         source="Eq. 3, Table 2",
     ),
     "v_glob": Definition(
@@ -88,6 +104,8 @@ DEFINITIONS = {
         unit="units of the stream, ≥ 0",
         reading="How far the path through depth wanders. It grows with the scale of the stream: compare runs by the "
         "relative one.",
+        advice="If it jumps, see the norms first, and then the relative one, which tells whether anything but the "
+        "scale has changed.",
         source="Eq. 4, Table 2",
     ),
     "v_loc_rel": Definition(
@@ -95,6 +113,8 @@ DEFINITIONS = {
         formula="V_loc of a token divided by the root mean square of all its states; mean over tokens.",
         unit="dimensionless, ≥ 0",
         reading="V_loc without the scale of the stream. Rising: layers pull in different directions.",
+        advice="If it keeps rising, see <code>local_variance</code> and adjacent-layer similarity for the blocks that "
+        "work against each other, and compare with a lower learning rate.",
         source="Eq. 3, made relative",
     ),
     "v_glob_rel": Definition(
@@ -102,6 +122,8 @@ DEFINITIONS = {
         formula="V_glob of a token divided by the root mean square of all its states; mean over tokens.",
         unit="dimensionless, 0 … 1",
         reading="V_glob without the scale of the stream. Near 0, depth changes next to nothing.",
+        advice="If it is near 0, check that the blocks are trained and that their output is not lost beside a large "
+        "embedding: see the norm of state 0 and adjacent-layer similarity.",
         source="Eq. 4, made relative",
     ),
     "norms": Definition(
@@ -110,6 +132,8 @@ DEFINITIONS = {
         unit="units of the stream, ≥ 0",
         reading="Steady growth with depth is usual for a residual stream without a norm between blocks; a jump at one "
         "block points to massive activations, growth over steps without end to instability.",
+        advice="If it grows without end, lower the learning rate, clip gradients, or put a norm on what the block "
+        "writes. If it jumps at one block, see the largest share of one token, and watch that block in low precision.",
         source="",
     ),
     "ssm_memory": Definition(
@@ -119,6 +143,9 @@ DEFINITIONS = {
         unit="tokens, 1/16 … 65,536",
         reading="After how many tokens a channel has forgotten all but 1/e of its state. Short throughout: the block "
         "sees the last tokens alone. Longer than the sequence: it forgets nothing.",
+        advice="If it is longer than the sequence in the last blocks and tokens there become alike, see late "
+        "homogenisation among the alerts. If it is short throughout, look at the initialisation of Δ "
+        "(<code>dt_bias</code>) and its learning rate, or train on longer sequences.",
         source="Section 4, ‖Ā<sub>t</sub>‖ ≤ ρ",
     ),
     "ssm_decay": Definition(
@@ -128,6 +155,8 @@ DEFINITIONS = {
         unit="dimensionless, 0 … 1",
         reading="What one token leaves of the state before it. Near 1, the state is kept; the paper’s bounds hold "
         "where it stays below 1.",
+        advice="If it reaches 1, the slowest channel forgets nothing: see the memory length for how many channels do "
+        "so. If all of it nears 0, Δ has grown: look at its bias and at the learning rate.",
         source="Section 4, ‖Ā<sub>t</sub>‖ ≤ ρ",
     ),
     "hsic_top_token": Definition(
@@ -136,21 +165,30 @@ DEFINITIONS = {
         unit="dimensionless, 1/n … 1",
         reading="Near 1, one token alone decides CKA, often an attention sink: measure without it "
         "(<code>skip_first_tokens</code>).",
+        advice="Set <code>skip_first_tokens</code> to the number of tokens that are sinks, and do not read CKA of "
+        "these states until then.",
         source="",
     ),
     "nonfinite": Definition(
         title="Non-finite tokens",
-        formula="Valid tokens whose state holds a NaN or an infinity; the state where most were found.",
+        formula="Valid tokens whose state holds a NaN or an infinity; the report shows the state with most, loggers the "
+        "sum over states.",
         unit="tokens, ≥ 0",
         reading="Expected: 0. They are left out of all other values; the first state that has them is where "
         "they arise.",
+        advice="Go back to a checkpoint from before the first such step, and look for an overflow in the block before "
+        "that state: a division by zero, the logarithm of zero, a mask of −∞ over a whole row, or the range of "
+        "float16.",
         source="",
     ),
     "zero": Definition(
         title="Zero tokens",
-        formula="Valid tokens whose state is the zero vector; the state where most were found.",
+        formula="Valid tokens whose state is the zero vector; the report shows the state with most, loggers the sum over "
+        "states.",
         unit="tokens, ≥ 0",
         reading="Expected: 0. They have no direction, and are left out of cosines.",
+        advice="If it is not 0 at state 0, look for an embedding that is zero, such as that of padding, which the mask "
+        "should then leave out. Deeper, look at the scale of the block before it.",
         source="",
     ),
     "overhead_ms": Definition(
@@ -158,6 +196,9 @@ DEFINITIONS = {
         formula="Time that the monitor itself spent on a snapshot.",
         unit="milliseconds",
         reading="The first ones are slower where kernels are compiled.",
+        advice="If it is too much, raise <code>every_n_steps</code>, or lower <code>max_tokens</code> and "
+        "<code>cka_tokens</code>. Without a GPU that the kernels run on, leave out <code>cka</code> from "
+        "<code>metrics</code>.",
         source="",
     ),
 }
@@ -170,15 +211,7 @@ def definition_rows(definition: Definition) -> Sequence[tuple[str, str]]:
         "Formula": definition.formula,
         "Unit": definition.unit,
         "Reading": definition.reading,
+        "What to do": definition.advice,
         "Paper": link,
     }
     return [(label, text) for label, text in rows.items() if text]
-
-
-def markdown() -> str:
-    """All definitions as Markdown."""
-    parts = []
-    for definition in DEFINITIONS.values():
-        rows = "\n".join(f"- **{label}**: {text}" for label, text in definition_rows(definition))
-        parts.append(f"### {definition.title}\n\n{rows}\n")
-    return "\n".join(parts)

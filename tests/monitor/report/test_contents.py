@@ -10,7 +10,7 @@ import xarray as xr
 
 from repflow.monitor.report import write_report
 from repflow.monitor.report._alerts import MAX_LISTED, alerts_of, alerts_table, marked, timeline
-from repflow.monitor.report._definitions import DEFINITIONS, PAPER, markdown
+from repflow.monitor.report._definitions import DEFINITIONS, PAPER, definition_rows
 from repflow.monitor.report._frames import CURVES, QUANTILES, UNIT, frame_indices, frames
 from repflow.monitor.report._kinds import add_kind_strip, kind_pattern, segments
 from repflow.monitor.report._page import render_content
@@ -160,12 +160,12 @@ def test_every_quantity_of_a_run_file_has_a_definition(write_run):
 
 def test_definitions_are_whole():
     for definition in DEFINITIONS.values():
-        assert definition.formula.endswith(".") and definition.reading.endswith(".")
+        assert definition.formula.endswith(".") and definition.reading.endswith(".") and definition.advice.endswith(".")
         assert definition.unit
-    assert markdown().count(PAPER) == sum(bool(definition.source) for definition in DEFINITIONS.values())
+        assert (PAPER in dict(definition_rows(definition)).get("Paper", "")) == bool(definition.source)
 
 
-def test_the_docs_hold_the_same_definitions():
+def test_the_docs_link_to_what_the_page_defines():
     assert PAGE.read_text() == page_text()
     for image in re.findall(r"\]\((images/[^)]+)\)", page_text()):
         assert (PAGE.parent / image).exists()
