@@ -20,10 +20,7 @@ SHAPES = {
     (2,): "one number for each block (L)",
     (3, 3): "one number for each pair of states (S × S)",
     (2, 64): "one number for each block and each of 64 places in the sequence",
-    (
-        2,
-        5,
-    ): "quantiles .05, .25, .5, .75 and .95 for each state-space block; NaN where a block is none; loggers get the median",
+    (2, 5): "for each state-space block the quantiles .05, .25, .5, .75 and .95; loggers get the median",
 }
 """What the shapes of a model with two blocks mean."""
 

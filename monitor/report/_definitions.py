@@ -171,8 +171,8 @@ DEFINITIONS = {
     ),
     "nonfinite": Definition(
         title="Non-finite tokens",
-        formula="Valid tokens whose state holds a NaN or an infinity; the report shows the state with most, loggers the "
-        "sum over states.",
+        formula="Valid tokens whose state holds a NaN or an infinity; the report shows the state with most, "
+        "loggers the sum over states.",
         unit="tokens, ≥ 0",
         reading="Expected: 0. They are left out of all other values; the first state that has them is where "
         "they arise.",
@@ -183,8 +183,8 @@ DEFINITIONS = {
     ),
     "zero": Definition(
         title="Zero tokens",
-        formula="Valid tokens whose state is the zero vector; the report shows the state with most, loggers the sum over "
-        "states.",
+        formula="Valid tokens whose state is the zero vector; the report shows the state with most, loggers the "
+        "sum over states.",
         unit="tokens, ≥ 0",
         reading="Expected: 0. They have no direction, and are left out of cosines.",
         advice="If it is not 0 at state 0, look for an embedding that is zero, such as that of padding, which the mask "
