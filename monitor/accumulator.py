@@ -23,7 +23,8 @@ _ROOM_BYTES = 256 * 2**20
 """Most that the sums of documents take, beyond those of one for each row."""
 
 _SUM_BYTES = 32 * 2**20
-"""Unit sums of this size are held at once: with many short sequences they would outgrow the states."""
+"""Unit sums of this size are held at once, not counting `_ROOM_BYTES`: with many short sequences they would
+outgrow the states."""
 
 
 class Accumulator:
