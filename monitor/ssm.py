@@ -4,9 +4,10 @@ What is known about mixers is data here, told by the names of their parameters a
 to another path to read it: where a fused kernel computes Δ without calling a module, there is nothing to read.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from math import inf
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ large Mamba has 5000 channels for each of its tokens."""
 
 @dataclass(frozen=True)
 class DeltaReader:
-    """How to read Δ_t in mixers of one kind."""
+    """How to read Δ_t = clamp(softplus(raw_t + bias), limits) in mixers of one kind, of H channels or heads."""
 
     needs: tuple[str, ...]
     """Names of the parameters and parts that tell a mixer of this kind."""
@@ -36,24 +37,18 @@ class DeltaReader:
     """From the mixer to the part whose output is read."""
     columns: Callable[[Any], slice]
     """The features of that output that tell Δ."""
-    delta: Callable[[Any, Tensor], Tensor]
-    """From the mixer and those features `[N, features]` to Δ in float32, `[N, H]` of H channels or heads."""
+    raw: Callable[[Any, Tensor], Tensor]
+    """From the mixer and those features `[N, features]` to raw, `[N, H]`."""
+    bias: Callable[[Any], Tensor | None]
+    """`[H]`, or None if there is none."""
+    limits: Callable[[Any], tuple[float, float]] = lambda mixer: (0.0, inf)
 
 
-def _low_rank_delta(mixer: Any, features: Tensor) -> Float32[Tensor, "N H"]:
-    """Δ = softplus(features @ dt_projᵀ + bias). The product is made in the dtype in which the mixer makes it."""
-    projection, bias = mixer.dt_proj, getattr(mixer.dt_proj, "bias", None)
-    raw = linear(features, projection.weight).float()
-    return softplus(raw if bias is None else raw + bias.float())
-
-
-def _delta_per_head(mixer: Any, features: Tensor) -> Float32[Tensor, "N H"]:
-    """Δ = clamp(softplus(features·multiplier + dt_bias), limits). FalconH1 alone has a multiplier."""
-    raw, heads = features.float(), features.shape[-1]
-    if (multiplier := getattr(mixer, "mup_vector", None)) is not None:
-        raw = raw * multiplier.flatten()[-heads:].float()
-    low, high = getattr(mixer, "time_step_limit", getattr(mixer, "dt_limit", (0.0, float("inf"))))
-    return softplus(raw + mixer.dt_bias.float()).clamp(low, high)
+def _scaled(mixer: Any, features: Tensor) -> Tensor:
+    """The step before its bias. FalconH1 alone has a multiplier."""
+    if (multiplier := getattr(mixer, "mup_vector", None)) is None:
+        return features
+    return features.float() * multiplier.flatten()[-features.shape[-1] :].float()
 
 
 READERS: tuple[DeltaReader, ...] = (
@@ -61,13 +56,16 @@ READERS: tuple[DeltaReader, ...] = (
         needs=("A_log", "x_proj", "dt_proj"),
         source=lambda mixer: getattr(mixer, "dt_layernorm", mixer.x_proj),
         columns=lambda mixer: slice(0, mixer.dt_proj.weight.shape[1]),
-        delta=_low_rank_delta,
+        raw=lambda mixer, features: linear(features, mixer.dt_proj.weight),  # in the dtype in which the mixer makes it
+        bias=lambda mixer: getattr(mixer.dt_proj, "bias", None),
     ),
     DeltaReader(  # Mamba-2, in all its hybrids
         needs=("A_log", "dt_bias", "in_proj"),
         source=lambda mixer: mixer.in_proj,
         columns=lambda mixer: slice(-mixer.dt_bias.numel(), None),
-        delta=_delta_per_head,
+        raw=_scaled,
+        bias=lambda mixer: mixer.dt_bias,
+        limits=lambda mixer: getattr(mixer, "time_step_limit", getattr(mixer, "dt_limit", (0.0, inf))),
     ),
 )
 """Kinds of state-space mixers, of transformers and of mamba_ssm: the first that a mixer has all names of is used."""
@@ -99,11 +97,45 @@ def ssm_blocks(stream: ResidualStream) -> tuple[int, ...]:
     return tuple(block.index for block in stream.blocks if block.index in readable or "ssm" in block.parts)
 
 
-def decay_rates(mixer: SsmMixer, features: Float[Tensor, "N features"]) -> Float32[Tensor, "N H"]:
+@dataclass(frozen=True)
+class HeldRates:
+    """What the decay rates of a block follow from, copied while the mixer's parameters are there."""
+
+    row: int
+    """Of the block, in the counts."""
+    raw: Float[Tensor, "N H"]
+    constants: Float[Tensor, "2 H"]
+    """The bias of Δ, and A_log of the slowest mode of every channel or head."""
+    limits: tuple[float, float]
+    """Of Δ."""
+
+    @classmethod
+    def of(cls, row: int, mixer: SsmMixer, features: Float[Tensor, "N features"]) -> "HeldRates":
+        """Of these features. Few and small operations: they run in every block, and a GPU's host may be behind."""
+        module, reader = mixer.module, mixer.reader
+        slowest = module.A_log  # Mamba-1 has N modes in a channel, Mamba-2 one in a head
+        if slowest.ndim > 1:
+            slowest = slowest.amin(-1)
+        bias = reader.bias(module)
+        constants = torch.stack((torch.zeros_like(slowest) if bias is None else bias, slowest))
+        low, high = reader.limits(module)
+        return cls(row, reader.raw(module, features), constants, (float(low), float(high)))
+
+    def to(self, device: torch.device) -> "HeldRates":
+        """The same on `device`: blocks may stand on several."""
+        raw, constants = (values.to(device, non_blocking=True) for values in (self.raw, self.constants))
+        return replace(self, raw=raw, constants=constants)
+
+    def goes_with(self, other: "HeldRates") -> bool:
+        """Whether both can be counted together."""
+        return self.raw.shape == other.raw.shape and self.limits == other.limits
+
+
+def decay_rates(held: Sequence[HeldRates]) -> Float32[Tensor, "M N H"]:
     """r_{t,d} = Δ_{t,d}·min_n e^{A_log[d,n]}, the rate of the slowest mode of every channel or head. Unit: 1/token."""
-    a_log = mixer.module.A_log.float()
-    slowest = a_log.amin(-1) if a_log.ndim > 1 else a_log  # Mamba-1 has N modes in a channel, Mamba-2 one in a head
-    return mixer.reader.delta(mixer.module, features) * slowest.exp()
+    raw = torch.stack([one.raw for one in held]).float()
+    bias, slowest = torch.stack([one.constants for one in held]).float().unsqueeze(2).unbind(1)
+    return softplus(raw + bias).clamp(*held[0].limits) * slowest.exp()
 
 
 @dataclass(eq=False)
@@ -117,8 +149,7 @@ class DecayCounts:
     decay: Float[Tensor, "M bins"]
     memory: Float[Tensor, "M bins"]
     nonfinite: Float[Tensor, " M"]
-    _rows: list[int] = field(default_factory=list)
-    _rates: list[Tensor] = field(default_factory=list)
+    _held: list[HeldRates] = field(default_factory=list)
 
     @classmethod
     def of(cls, forward: Recording, blocks: int, skip_first: int, part: Selection) -> "DecayCounts":
@@ -129,41 +160,41 @@ class DecayCounts:
         return cls(forward, index, valid, decay, memory, torch.zeros_like(decay[:, 0]))
 
     def add(self, row: int, mixer: SsmMixer, output: Tensor) -> None:
-        """Take the rates out of what the mixer's source returned, while the mixer's parameters are there."""
+        """Take what the rates follow from out of what the mixer's source returned."""
         rows, tokens, _ = self.forward.shape
         if output.numel() != rows * tokens * output.shape[-1]:
             raise ValueError(f"expected an output for {rows} × {tokens} tokens, got shape {list(output.shape)}")
         features = output.detach()[..., mixer.reader.columns(mixer.module)].reshape(rows * tokens, -1)
-        if self.index is not None:
+        if self.index is None:
+            features = features.clone()  # it is held, and the output is the model's
+        else:
             features = features.index_select(0, self.index.to(output.device, non_blocking=True))
         step = max(1, _HELD_RATES // mixer.module.A_log.shape[0])
         if len(features) > step:  # too many to be held
             for start in range(0, len(features), step):
                 part = slice(start, start + step)
-                rates = decay_rates(mixer, features[part])
-                self._count([row], rates.unsqueeze(0), None if self.valid is None else self.valid[part])
+                held = HeldRates.of(row, mixer, features[part])
+                self._count([held], None if self.valid is None else self.valid[part])
             return
-        rates = decay_rates(mixer, features)
-        if self._rates and (
-            rates.shape != self._rates[0].shape
-            or len(self._rates) == _HELD_BLOCKS
-            or (len(self._rates) + 1) * rates.numel() > _HELD_RATES
+        held = HeldRates.of(row, mixer, features)
+        if self._held and (
+            not held.goes_with(self._held[0])
+            or len(self._held) == _HELD_BLOCKS
+            or (len(self._held) + 1) * held.raw.numel() > _HELD_RATES
         ):
             self.count()
-        self._rows.append(row)
-        self._rates.append(rates.to(self.decay.device, non_blocking=True))
+        self._held.append(held)
 
     def count(self) -> None:
         """Count the rates that are held."""
-        if self._rates:
-            rates = torch.stack(self._rates) if len(self._rates) > 1 else self._rates[0].unsqueeze(0)
-            self._count(self._rows, rates, self.valid)
-            self._rows, self._rates = [], []
+        if self._held:
+            self._count(self._held, self.valid)
+            self._held = []
 
-    def _count(self, rows: list[int], rates: Float32[Tensor, "M N H"], valid: Bool[Tensor, " N"] | None) -> None:
+    def _count(self, held: Sequence[HeldRates], valid: Bool[Tensor, " N"] | None) -> None:
         device = self.decay.device
-        row = send_index(torch.tensor(rows, device="cpu"), device)
-        counts = count_rates(rates.to(device, non_blocking=True), valid)
+        row = send_index(torch.tensor([one.row for one in held], device="cpu"), device)
+        counts = count_rates(decay_rates([one.to(device) for one in held]), valid)
         for total, count in zip((self.decay, self.memory, self.nonfinite), counts, strict=True):
             total.index_add_(0, row, count.double())
 
