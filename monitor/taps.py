@@ -233,8 +233,11 @@ def _is_whole(value: Tensor | None) -> bool:
     placements = getattr(value, "placements", None)
     if placements is None:
         return True
-    each = zip(placements, value.device_mesh.shape, strict=True)
-    return all(ranks == 1 or placement.is_replicate() or placement.is_shard(0) for placement, ranks in each)
+    mesh = value.device_mesh
+    return all(  # `mesh.shape` cannot be traced by PyTorch 2.11
+        placement.is_replicate() or placement.is_shard(0) or mesh.size(dim) == 1
+        for dim, placement in enumerate(placements)
+    )
 
 
 @no_type_check

@@ -150,10 +150,11 @@ def test_scalars_are_averaged_by_name(ranks: Results) -> None:
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_states_that_are_distributed_tensors(ranks: Results, placement: str, compiled: str) -> None:
     """Read where each rank has whole sequences; otherwise that is said, and training is what it was."""
-    net = Stream()
+    x, mask = states_and_mask()
+    net = Stream(x.shape[-1])
     monitor = Monitor(net, MonitorConfig(every_n_steps=1))
     with monitor.step(0):
-        net(*states_and_mask()).square().mean().backward()
+        net(x, mask).square().mean().backward()
     monitor.close()
     assert monitor.latest is not None
     for results in (results[f"{placement}, {compiled}"] for results in ranks):
