@@ -1,11 +1,13 @@
 """Which steps, sequences and tokens are measured: a function of step and seed, never of the user's random state."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor
+
+_FEW_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class Selection:
     """Chosen positions, sorted, the same at every layer."""
     shape: tuple[int, int]
     """(R, K)."""
+    numbers: tuple[int, ...] | None = None
+    """`rows` on the host, where they are few enough to be copied one by one: a GPU gathers them at a quarter of the speed
+    of its memory."""
 
     def take(self, values: Shaped[Tensor, "..."], dim: int = 0) -> Shaped[Tensor, "..."]:
         """The chosen part of `values`, whose dimensions `dim` and `dim` + 1 are rows and tokens.
@@ -55,6 +60,8 @@ class Selection:
         index, dim = (self.rows, 0) if isinstance(self.rows, Tensor) else (self.tokens, 1)
         if index is None or (values.dtype, values.device) != (target.dtype, target.device):
             target.copy_(self.take(values), non_blocking=True)
+        elif self.numbers is not None:
+            torch.cat([values.narrow(0, number, 1) for number in self.numbers], out=target)
         else:
             rows = values[self.rows] if isinstance(self.rows, slice) else values
             torch.index_select(rows, dim, index, out=target)
@@ -62,7 +69,8 @@ class Selection:
     def to(self, device: torch.device) -> "Selection":
         """The same on `device`. The copy does not wait for the device."""
         rows = send_index(self.rows, device) if isinstance(self.rows, Tensor) else self.rows
-        return Selection(rows, None if self.tokens is None else send_index(self.tokens, device), self.shape)
+        tokens = None if self.tokens is None else send_index(self.tokens, device)
+        return replace(self, rows=rows, tokens=tokens)
 
 
 def select(batch: tuple[int, int], max_tokens: int, *, seed: int, step: int, forward: int) -> Selection:
@@ -88,7 +96,8 @@ def select(batch: tuple[int, int], max_tokens: int, *, seed: int, step: int, for
 
     chosen = None if keep == rows else _as_slice(draw(keep, rows))
     if tokens <= max_tokens:
-        return Selection(chosen, None, (keep, tokens))
+        few = isinstance(chosen, Tensor) and keep <= _FEW_ROWS
+        return Selection(chosen, None, (keep, tokens), tuple(chosen.tolist()) if few else None)
     return Selection(chosen, draw(max_tokens, tokens), (keep, max_tokens))
 
 

@@ -9,7 +9,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
-from itertools import pairwise
 from math import prod
 from typing import Any, ClassVar
 
@@ -84,9 +83,13 @@ class SumLayout:
         }
 
     @cached_property
+    def _sizes(self) -> list[int]:
+        return [prod(shape) for shape in self.shapes.values()]
+
+    @cached_property
     def size(self) -> int:
         """Length of the flat vector."""
-        return sum(prod(shape) for shape in self.shapes.values())
+        return sum(self._sizes)
 
     @cached_property
     def num_sums(self) -> int:
@@ -104,12 +107,10 @@ class SumLayout:
                 f"`SumLayout.views`: expected vectors of {self.size} sums for {self.num_states} states, "
                 f"got shape {tuple(flat.shape)}"
             )
-        bounds = [0]
-        for shape in self.shapes.values():
-            bounds.append(bounds[-1] + prod(shape))
+        parts = flat.split(self._sizes, -1)
         return {
-            name: flat[..., start:end].unflatten(-1, shape) if shape else flat[..., start]
-            for (name, shape), (start, end) in zip(self.shapes.items(), pairwise(bounds), strict=True)
+            name: part.squeeze(-1) if not shape else part if len(shape) == 1 else part.unflatten(-1, shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
 
     def values(self, flat: Float64[Tensor, "*batch size"]) -> dict[str, Tensor]:
