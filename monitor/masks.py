@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple, no_type_check
 
 import torch
@@ -56,6 +57,12 @@ class ToldMasks(NamedTuple):
         return CallMasks(*(own if told else around for told, own, around in pairs))
 
 
+@lru_cache(maxsize=64)
+def _arguments(forward: Callable[..., Any]) -> list[str]:
+    """Names of the arguments of a class's `forward`: they take a while to find, and each sampled step asks."""
+    return list(inspect.signature(forward).parameters)[1:]
+
+
 @no_type_check  # compilers trace it
 class MaskReader:
     """Reads the masks of the calls of `module`.
@@ -66,7 +73,10 @@ class MaskReader:
     """
 
     def __init__(self, module: Module) -> None:
-        self._parameters = list(inspect.signature(module.forward).parameters)
+        if "forward" in module.__dict__:  # put over that of the class, as accelerate does
+            self._parameters = list(inspect.signature(module.forward).parameters)
+        else:
+            self._parameters = _arguments(type(module).forward)
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, boundaries: bool = True) -> ToldMasks:
         """What a call tells. A compiler traces this, without `boundaries`.
