@@ -4,7 +4,6 @@ Run as a program, without a GPU, since kernels must be imported without `TRITON_
 """
 
 import json
-import sys
 from typing import Any
 
 import torch
