@@ -3,7 +3,6 @@
 import copy
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import warnings
@@ -404,22 +403,14 @@ for strategy, make in strategies.items():
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for each strategy, from two processes that train under one after the other."""
+    """A folder for each strategy, from two ranks that train under one after the other; Lightning starts the second."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    script = folder / "two_ranks.py"
+    script.write_text(TWO_RANKS)
     root = Path(__file__).parents[2]
-    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    shared["PYTHONPATH"] = os.pathsep.join([str(root / "src"), str(root)])
-    command = [sys.executable, "-c", TWO_RANKS, str(folder)]
-    ranks = [subprocess.Popen(command, env={**os.environ, **shared, "LOCAL_RANK": str(rank)}) for rank in range(2)]
-    try:
-        assert [process.wait(timeout=300) for process in ranks] == [0, 0]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
+    paths = os.pathsep.join([str(root / "src"), str(root)])
+    command = [sys.executable, str(script), str(folder)]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, check=True, timeout=300)
     return folder
 
 
