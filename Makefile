@@ -61,9 +61,12 @@ demo: $(STAMP)
 BROWSER = $(shell { command -v chromium || command -v google-chrome; } > /dev/null && command -v chromedriver)
 WITHOUT_BROWSER = --ignore-glob='*/test_browser*.py'
 
+# All tests are spread over the cores; those that ARGS chooses run in one process.
+SPREAD = -n logical --maxprocesses 4 --dist loadfile
+
 test: $(STAMP)
 	@$(if $(BROWSER),:,echo "make test: leaving out test_browser*.py, for want of chromium and chromedriver")
-	$(BIN)/python -m pytest $(if $(BROWSER),,$(WITHOUT_BROWSER)) $(ARGS)
+	$(if $(ARGS),,OMP_NUM_THREADS=1) $(BIN)/python -m pytest $(if $(BROWSER),,$(WITHOUT_BROWSER)) $(or $(ARGS),$(SPREAD))
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -380,35 +380,44 @@ class Plateau(Model):
 class OnTheHost(FSDPStrategy):
     "Lightning refuses FSDPStrategy itself without a GPU; PyTorch does not, where a model is wrapped by hand."
 
-path, strategy = Path(sys.argv[1]), sys.argv[2]
 strategies = {
     "ddp": lambda: "ddp",
     "fsdp1": lambda: OnTheHost(process_group_backend="gloo", activation_checkpointing_policy={GPTNeoXLayer}),
     "fsdp2": lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
 }
-callback = RepresentationMonitor(every_n_steps=1, sinks=[RunFileSink(path / "run.db")])
-options = dict(max_epochs=3, strategy=strategies[strategy](), devices=2, num_sanity_val_steps=0)
-model, trainer = fit(path, callback, model=Plateau(), **options)
-checkpointed = [name for name, _ in model.named_modules() if name.endswith("_checkpoint_wrapped_module")]
-assert len(checkpointed) == (3 if strategy == "fsdp1" else 0)
-values = [float(trainer.callback_metrics["repflow/v_loc"]), trainer.optimizers[0].param_groups[0]["lr"]]
-with FullyShardedDataParallel.summon_full_params(model.model) if strategy == "fsdp1" else nullcontext():
-    whole = (getattr(p, "full_tensor", lambda p=p: p)() for p in model.parameters())
-    values.append(sum(p.double().sum().item() for p in whole))
-values.append(callback.monitor.latest.sums.tolist())
-(path / f"rank{trainer.global_rank}.txt").write_text(repr(values))
+for strategy, make in strategies.items():
+    path = Path(sys.argv[1], strategy)
+    callback = RepresentationMonitor(every_n_steps=1, sinks=[RunFileSink(path / "run.db")])
+    options = dict(max_epochs=3, strategy=make(), devices=2, num_sanity_val_steps=0)
+    model, trainer = fit(path, callback, model=Plateau(), **options)
+    checkpointed = [name for name, _ in model.named_modules() if name.endswith("_checkpoint_wrapped_module")]
+    assert len(checkpointed) == (3 if strategy == "fsdp1" else 0)
+    values = [float(trainer.callback_metrics["repflow/v_loc"]), trainer.optimizers[0].param_groups[0]["lr"]]
+    with FullyShardedDataParallel.summon_full_params(model.model) if strategy == "fsdp1" else nullcontext():
+        whole = (getattr(p, "full_tensor", lambda p=p: p)() for p in model.parameters())
+        values.append(sum(p.double().sum().item() for p in whole))
+    values.append(callback.monitor.latest.sums.tolist())
+    (path / f"rank{trainer.global_rank}.txt").write_text(repr(values))
 """
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2"])
-def test_two_ranks_decide_alike(tmp_path, strategy) -> None:
-    """Schedules that follow our scalars must not let the replicas drift apart. FSDP1 checkpoints its blocks, too."""
-    script = tmp_path / "two_ranks.py"
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each strategy, from two ranks that train under one after the other; Lightning starts the second."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    script = folder / "two_ranks.py"
     script.write_text(TWO_RANKS)
     root = Path(__file__).parents[2]
     paths = os.pathsep.join([str(root / "src"), str(root)])
-    command = [sys.executable, str(script), str(tmp_path), strategy]
+    command = [sys.executable, str(script), str(folder)]
     subprocess.run(command, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, check=True, timeout=300)
-    first, second = ((tmp_path / f"rank{rank}.txt").read_text() for rank in range(2))
+    return folder
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2"])
+def test_two_ranks_decide_alike(two_ranks: Path, strategy: str) -> None:
+    """Schedules that follow our scalars must not let the replicas drift apart. FSDP1 checkpoints its blocks, too."""
+    folder = two_ranks / strategy
+    first, second = ((folder / f"rank{rank}.txt").read_text() for rank in range(2))
     assert first == second
-    assert open_run(tmp_path / "run.db").tokens.values.tolist() == [64] * 9
+    assert open_run(folder / "run.db").tokens.values.tolist() == [64] * 9

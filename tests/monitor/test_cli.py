@@ -147,10 +147,9 @@ app(["report", "missing–…→.db"])
 """
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
-def test_a_terminal_that_lacks_characters_shows_the_rest(encoding: str, tmp_path: Path):
+def test_a_terminal_that_lacks_characters_shows_the_rest(tmp_path: Path):
     write_run(tmp_path / "run.db")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": encoding}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "ascii"}
     command = [sys.executable, "-c", IN_A_POOR_TERMINAL]
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True)
     assert result.returncode == 2, result.stderr

@@ -1,10 +1,9 @@
-"""Print as JSON, for each length of a sequence, which compilations its launches ask for. No GPU is needed.
+"""Print as JSON, for each function, dtype and length of a sequence, which compilations its launches ask for.
 
-Run as a program, since kernels must be imported without `TRITON_INTERPRET`, which the other tests need.
+Run as a program, without a GPU, since kernels must be imported without `TRITON_INTERPRET`, which the other tests need.
 """
 
 import json
-import sys
 from typing import Any
 
 import torch
@@ -49,20 +48,29 @@ def only_ask(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: 
     launch(self, *args, grid=grid, warmup=True, **options)
 
 
-def main(function: str, dtype: str) -> None:
-    triton.runtime.driver.set_active(Driver())  # pyright: ignore[reportArgumentType]
-    knobs.runtime.jit_cache_hook = note
-    JITFunction.run = only_ask
+def lengths(function: str, dtype: torch.dtype) -> dict[str, list[str]]:
+    """What the launches for each length ask for."""
     result = {}
     for rows, tokens in SHAPES:
         keep = torch.arange(tokens).expand(rows, -1) < tokens - torch.arange(rows).unsqueeze(1)
         asked.clear()
         with force("triton"):
             for mask in (None, keep):
-                getattr(triton_kernels, function)(torch.empty(5, rows, tokens, 64, dtype=getattr(torch, dtype)), mask)
+                getattr(triton_kernels, function)(torch.empty(5, rows, tokens, 64, dtype=dtype), mask)
         result[f"{rows}x{tokens}"] = sorted(asked)
+    return result
+
+
+def main() -> None:
+    triton.runtime.driver.set_active(Driver())  # pyright: ignore[reportArgumentType]
+    knobs.runtime.jit_cache_hook = note
+    JITFunction.run = only_ask
+    functions, dtypes = ("depth_and_token_sums", "pairwise_hsic"), ("bfloat16", "float32")
+    result = {
+        f"{function} {dtype}": lengths(function, getattr(torch, dtype)) for function in functions for dtype in dtypes
+    }
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

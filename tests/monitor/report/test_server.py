@@ -28,7 +28,7 @@ def restless(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def serving(*files: Path) -> Iterator[PageServer]:
     with PageServer(Follower(files), 0) as server:
-        thread = Thread(target=server.serve_forever)
+        thread = Thread(target=server.serve_forever, args=(0.01,))  # seconds until it sees that it should end
         thread.start()
         try:
             yield server
