@@ -89,16 +89,16 @@ def select(batch: tuple[int, int], max_tokens: int, *, seed: int, step: int, for
     rows, tokens = batch
     keep = min(rows, max(1, max_tokens // max(tokens, 1)))
     generator = torch.Generator("cpu").manual_seed(_mix(seed, step, forward))
-
-    def draw(number: int, of: int) -> Tensor:
-        # The device is named, since the user may have set another default.
-        return torch.randperm(of, generator=generator, device="cpu")[:number].sort().values
-
-    chosen = None if keep == rows else _as_slice(draw(keep, rows))
+    chosen = None if keep == rows else _as_slice(_draw(keep, rows, generator))
     if tokens <= max_tokens:
         few = isinstance(chosen, Tensor) and keep <= _FEW_ROWS
         return Selection(chosen, None, (keep, tokens), tuple(chosen.tolist()) if few else None)
-    return Selection(chosen, draw(max_tokens, tokens), (keep, max_tokens))
+    return Selection(chosen, _draw(max_tokens, tokens, generator), (keep, max_tokens))
+
+
+def _draw(number: int, of: int, generator: torch.Generator) -> Int64[Tensor, " number"]:
+    # The device is named, since the user may have set another default.
+    return torch.randperm(of, generator=generator, device="cpu")[:number].sort().values
 
 
 def _mix(*numbers: int) -> int:
