@@ -83,7 +83,8 @@ def _style(scheme: str, variant: int | None) -> dict[str, Any]:
         return {"color": INK, "linestyle": "-", "linewidth": 2.0}
     if variant is None:
         return {"color": SCHEME_COLORS[scheme], "linestyle": _SCHEME_DASHES[scheme]}
-    return {"color": _VARIANT_COLORS[variant], "linestyle": _SCHEME_DASHES[scheme]}
+    # Thinner from one to the next: curves that lie on each other all show.
+    return {"color": _VARIANT_COLORS[variant], "linestyle": _SCHEME_DASHES[scheme], "linewidth": 2.6 - 0.8 * variant}
 
 
 def _legend(rows: Sequence[Row], variant: str | None) -> list[Line2D]:

@@ -121,7 +121,8 @@ def _variation(depth: Depth) -> dict[str, Any]:
 
 def _mean_row(model: str, length: int, part: Sequence[Row]) -> list[dict[str, Any]]:
     """Means over tasks, of what has one."""
-    names = [name for name in part[0] if name not in ("model", "task", "length", "peak_state", "samples", "classes")]
+    no_mean = ("model", "task", "length", "peak_state", "samples", "classes", "last_spread")
+    names = [name for name in part[0] if name not in no_mean]
     means = {
         name: fmean(row[name] for row in part) if all(row[name] is not None for row in part) else None for name in names
     }
