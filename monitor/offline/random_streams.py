@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from repflow.monitor.offline import BeyondWindowError
+from repflow.monitor.offline import BeyondWindowError, OfflineError
 from repflow.monitor.offline.initialisation import (
     VECTOR_ROLES,
     Initialisation,
@@ -107,7 +107,10 @@ class RandomModel:
 
     def _draw(self, choice: Initialisation) -> dict[str, int]:
         """The model as `choice` says, whatever was drawn before."""
-        assert choice.seed == self._seed
+        if choice.seed != self._seed:
+            raise OfflineError(
+                f"random streams: expected a choice of seed {self._seed}, got one of seed {choice.seed}"
+            )
         drawn = drawn_roles(choice)
         if self._overwritten - drawn:  # what is wanted as transformers draws it
             self._stack.close()
@@ -136,6 +139,9 @@ class RandomModel:
             norms: see `norms_as`.
             embedding_scale: see `embedding_scaled`.
             scaled_positions: see `embedding_scaled`.
+
+        Raises:
+            OfflineError: `choice` is of another seed.
         """
         if self._drawn is None or self._drawn[0] != choice:
             self._drawn = None

@@ -9,6 +9,7 @@ import torch
 from repflow.monitor.config import StatesConvention
 from repflow.monitor.offline import OfflineError
 from repflow.monitor.offline.initialisation import Drawn, Scheme, VectorPolicy
+from repflow.monitor.offline.paper_models import PAPER_MODELS
 from repflow.monitor.offline.probing import Protocol as ProbeProtocol
 from repflow.monitor.offline.reproduce.targets import Target, chosen_targets
 from repflow.monitor.offline.reproduce.work import slug
@@ -147,7 +148,8 @@ class ReproduceOptions:
     @property
     def model_names(self) -> tuple[str, ...]:
         """What to load."""
-        return tuple(dict.fromkeys(self.models or PAPER_FOUR))
+        tables = all(target.name.startswith("table") for target in self.targets)
+        return tuple(dict.fromkeys(self.models or (tuple(PAPER_MODELS) if tables else PAPER_FOUR)))
 
     def label(self, name: str) -> str:
         """A model in data and pictures: of a local one the last part of its path, unless two have the same."""

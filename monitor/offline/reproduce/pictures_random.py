@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from repflow.monitor.offline.reproduce.written import Result, Row
 
@@ -48,6 +49,7 @@ def draw_random(result: Result) -> Figure:
     updates = result.about["quantity"] == "update_inter_token"
     for axis in axes[-1]:
         axis.set_xlabel("block" if updates else "state")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.supylabel(f"inter-token similarity{' of updates Δh' if updates else ''}", fontsize=9)
     figure.legend(handles=_legend(result.rows, variant), loc="outside lower center", ncols=4)
     return figure

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from repflow._imports import require
 from repflow.monitor.offline import OfflineError
+from repflow.monitor.offline.memory import out_of_memory_told
 from repflow.monitor.offline.processes import Processes, shared_processes
 from repflow.monitor.offline.reproduce.checkpoints import Depths, measure_depths
 from repflow.monitor.offline.reproduce.depth_targets import depth_request, depth_result
@@ -38,7 +39,8 @@ def run(options: ReproduceOptions, console: Console) -> None:
             if target not in missing:
                 shown.print(Text(f"{target.name}: is there already in {options.folder}; --force makes it anew"))
         processes.wait()  # so that nobody sees what another one writes
-        _make(options, missing, processes, shown)
+        with out_of_memory_told():
+            _make(options, missing, processes, shown)
         if options.pictures and not processes.rank:
             _draw(options.folder, [target.name for target in options.targets], shown)
 

@@ -12,7 +12,6 @@ from rich.text import Text
 
 from repflow.monitor.offline import BeyondWindowError, OfflineError
 from repflow.monitor.offline.initialisation import Initialisation, NormVariant, Scheme, VectorPolicy
-from repflow.monitor.offline.memory import is_out_of_memory
 from repflow.monitor.offline.processes import Processes
 from repflow.monitor.offline.random_streams import RandomModel
 from repflow.monitor.offline.reproduce.options import ReproduceOptions
@@ -170,7 +169,6 @@ def _measure(options: ReproduceOptions, name: str, seed: int, points: list[Point
     with (
         console.status(label) if console.is_terminal else _said(console, label),
         _fast_products(),
-        _memory(name),
         model,
     ):
         for point in missing:
@@ -224,15 +222,3 @@ def _fast_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-@contextmanager
-def _memory(name: str) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OfflineError(
-            f"{name}: out of memory; take a smaller dtype (--dtype bfloat16) or another --device. What is done is kept"
-        ) from error
