@@ -108,9 +108,7 @@ class RandomModel:
     def _draw(self, choice: Initialisation) -> dict[str, int]:
         """The model as `choice` says, whatever was drawn before."""
         if choice.seed != self._seed:
-            raise OfflineError(
-                f"random streams: expected a choice of seed {self._seed}, got one of seed {choice.seed}"
-            )
+            raise OfflineError(f"random streams: expected a choice of seed {self._seed}, got one of seed {choice.seed}")
         drawn = drawn_roles(choice)
         if self._overwritten - drawn:  # what is wanted as transformers draws it
             self._stack.close()

@@ -57,7 +57,7 @@ class Depth:
     """Tokens that were asked for."""
     folder: Path
     extraction: Extraction
-    token_map: Float[np.ndarray, "S-1 T"]
+    token_map: Float[np.ndarray, "blocks T"]
     """Adjacent cosine of every token of the first prompt."""
     choices: dict[str, Any]
     """Every choice, as plain values."""

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +60,7 @@ def read_result(folder: Path, target: str) -> Result | None:
         if (packed := folder / f"{target}.npz").exists():
             with np.load(packed, allow_pickle=False) as found:
                 arrays = {name: found[name] for name in found.files}
-    except (OSError, ValueError, csv.Error, EOFError) as error:
+    except (OSError, ValueError, csv.Error, EOFError, zipfile.BadZipFile) as error:
         raise OfflineError(
             f"{folder}: expected {target}.csv{' and .npz' if target in ('figure1', 'figure4') else ''} beside "
             f"{target}.json, whole; {error}. Make the target again with --force"
