@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 import repflow
+from repflow.monitor.offline.reproduce.arguments import reproduce
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -276,6 +277,9 @@ def tasks(
         options = {"items": items, "samples": samples, "seed": seed, "classes": classes, "data": data, "whole": whole}
         choices = TaskChoices(tasks=task or TASKS, lengths=length or ["300"], tokenizer=tokenizer, **options)
         show_tasks(choices, Console())
+
+
+app.command()(_without_traceback()(reproduce))
 
 
 def _show_stream(model: str, stream: str | None, blocks: str | None) -> None:

@@ -22,6 +22,8 @@ STD = 0.02
 """Of the Gaussian scheme, and of biases and norm affines that are drawn, whatever the scheme."""
 PROTECTED = re.compile(r"(^|\.)(A_log|D|dt_bias|dt_proj\.bias)$")
 """Parameters of state spaces that are rates and not weights: drawn anew, the recurrence would mean nothing."""
+VECTOR_ROLES: tuple[Role, ...] = ("norm", "bias")
+"""What the policy decides about."""
 _POSITIONS = re.compile(r"(^|\.)(wpe|\w*pos\w*)$")
 
 
@@ -82,27 +84,44 @@ def role_of(module: nn.Module, path: str, parameter: Tensor) -> Role:
 def initialise(model: nn.Module, choice: Initialisation) -> dict[str, int]:
     """Draw the parameters of a model anew, in place; `default` leaves what is there.
 
-    No random state but one of its own is used. The numbers depend on the kind of device that the model is on.
+    No random state but some of its own is used, and vectors have another than matrices: whatever the policy, these are
+    the same. The numbers depend on the kind of device that the model is on.
 
     Returns:
         How many parameters (numbers) there are of each role.
     """
-    draw, generators = _DRAWS[choice.scheme], dict[torch.device, torch.Generator]()
-    chosen = {"matrix": "scheme", "embedding": choice.embeddings, "position": choice.positions}
-    drawn = {role for role, how in chosen.items() if how == "scheme"}
+    draw, generators, drawn = _DRAWS[choice.scheme], _Generators(choice.seed), drawn_roles(choice)
     counts: Counter[str] = Counter()
     for name, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             role = role_of(module, f"{name}.{leaf}" if name else leaf, parameter)
             counts[role] += parameter.numel()
-            if parameter.device not in generators:
-                generators[parameter.device] = torch.Generator(parameter.device).manual_seed(choice.seed)
-            generator = generators[parameter.device]
-            if role in ("norm", "bias"):
-                _set_vector(parameter, 1.0 if role == "norm" and leaf == "weight" else 0.0, choice.policy, generator)
+            if role in VECTOR_ROLES:
+                trivial = 1.0 if role == "norm" and leaf == "weight" else 0.0
+                _set_vector(parameter, trivial, choice.policy, generators.of(parameter, "vector"))
             elif role in drawn:
-                draw(parameter, generator)
+                draw(parameter, generators.of(parameter, "matrix"))
     return dict(counts)
+
+
+def drawn_roles(choice: Initialisation) -> set[Role]:
+    """The roles of parameters with two dimensions or more that are drawn anew."""
+    chosen: dict[Role, str] = {"matrix": "scheme", "embedding": choice.embeddings, "position": choice.positions}
+    return set() if choice.scheme == "default" else {role for role, how in chosen.items() if how == "scheme"}
+
+
+class _Generators:
+    """A random generator for every device and kind of parameter."""
+
+    def __init__(self, seed: int) -> None:
+        self._seeds = {"matrix": seed, "vector": seed + 2**32}
+        self._made: dict[tuple[torch.device, str], torch.Generator] = {}
+
+    def of(self, parameter: Tensor, kind: Literal["matrix", "vector"]) -> torch.Generator:
+        place = (parameter.device, kind)
+        if place not in self._made:
+            self._made[place] = torch.Generator(parameter.device).manual_seed(self._seeds[kind])
+        return self._made[place]
 
 
 def _set_vector(parameter: Tensor, trivial: float, policy: VectorPolicy, generator: torch.Generator) -> None:

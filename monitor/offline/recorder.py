@@ -46,6 +46,7 @@ class StateRecorder:
         cka_estimator: of HSIC.
         skip_first_tokens: leave out the first tokens of every sequence from the statistics.
         features: keep the states of last tokens.
+        on_states: called with the states `[S, R, T, D]` of each forward, which are valid until it returns.
 
     Raises:
         OfflineError: no stream is found in the model, an unknown choice, or `hf` for a model without a final norm.
@@ -60,8 +61,9 @@ class StateRecorder:
         cka_estimator: Estimator = "unbiased",
         skip_first_tokens: int = 0,
         features: bool = False,
+        on_states: Callable[[Tensor], None] | None = None,
     ) -> None:
-        self._model, self._keep = model, features
+        self._model, self._keep, self._on_states = model, features, on_states
         try:
             self.stream: ResidualStream = find_residual_stream(model)
             self._config = MonitorConfig(
@@ -146,6 +148,8 @@ class StateRecorder:
         if self._sums is None:
             self._sums = Accumulator(self._config, self.layout, 0, captured.states.device, _fail)
         self._sums.add(captured, self._config.metrics)
+        if self._on_states is not None:
+            self._on_states(captured.states)
         if self._keep:
             assert self._last is not None
             last = self._last.to(captured.states.device) - 1

@@ -12,6 +12,7 @@ ACCELERATE = RequirementCache("accelerate>=1.1")
 WANDB = RequirementCache("wandb>=0.20")
 WANDB_WORKSPACES = RequirementCache("wandb-workspaces>=0.4.13", "wandb_workspaces")
 PLOTLY = RequirementCache("plotly>=6")
+MATPLOTLIB = RequirementCache("matplotlib>=3.9")
 PILLOW = RequirementCache("pillow>=11")
 
 _EXTRAS = {
@@ -21,12 +22,15 @@ _EXTRAS = {
     "wandb": ("wandb", (WANDB,)),
     "wandb_workspaces": ("wandb", (WANDB_WORKSPACES,)),
     "plotly": ("report", (PLOTLY,)),
+    "matplotlib": ("offline", (MATPLOTLIB,)),
     "pillow": ("wandb", (PILLOW,)),
 }
 
 
 def require(
-    package: Literal["lightning", "transformers", "accelerate", "wandb", "wandb_workspaces", "plotly", "pillow"],
+    package: Literal[
+        "lightning", "transformers", "accelerate", "wandb", "wandb_workspaces", "plotly", "matplotlib", "pillow"
+    ],
 ) -> None:
     """Check that an optional package can be imported; for Lightning, under either of its names.
 

@@ -1,0 +1,156 @@
+"""Figures 1, 2 and 4, and what tables 1 and 2 print, over depth and over lengths."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from repflow.monitor.offline.reproduce.pictures_random import INK
+from repflow.monitor.offline.reproduce.written import Result, Row
+
+# Okabe and Ito's colours, which people with any colour vision tell apart; more models than that differ in dashes.
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_DASHES: tuple[Any, ...] = ("-", "--", "-.", ":")
+
+
+def draw_token_maps(result: Result) -> Figure:
+    """Figure 1: adjacent cosine by token and block, of one prompt, and by relative position, of all of them."""
+    keys = [name.removesuffix("/tokens") for name in result.arrays if name.endswith("/tokens")]
+    figure = Figure(figsize=(9.5, 0.6 + 2.6 * len(keys)), layout="constrained")
+    axes = figure.subplots(len(keys), 2, squeeze=False)
+    finite = np.concatenate([array[np.isfinite(array)] for array in result.arrays.values()])
+    low = min(0.0, float(finite.min())) if finite.size else 0.0
+    image: Any = None
+    for row, key in zip(axes, keys, strict=True):
+        tokens, positions = result.arrays[f"{key}/tokens"], result.arrays[f"{key}/positions"]
+        for axis, part, extent, label in (
+            (row[0], tokens, tokens.shape[1], "token of the first prompt"),
+            (row[1], positions, 1.0, "relative position, all prompts"),
+        ):
+            box = (-0.5, len(part) - 0.5, extent, 0)
+            image = axis.imshow(part.T, aspect="auto", vmin=low, vmax=1, extent=box, interpolation="nearest")
+            axis.set(xlabel="block", ylabel=label, title=_titled(key))
+            axis.grid(False)
+    figure.colorbar(image, ax=axes, label="cos(h⁽ˡ⁾, h⁽ˡ⁺¹⁾)", shrink=0.8)
+    return figure
+
+
+def draw_curves(result: Result) -> Figure:
+    """Figure 2: inter-token similarity over normalised depth."""
+    figure = Figure(figsize=(7.5, 4.4), layout="constrained")
+    axis = figure.subplots()
+    handles = _lines(axis, result.rows)
+    axis.set(xlabel="normalised depth", ylabel="inter-token similarity")
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return figure
+
+
+def draw_matrices(result: Result) -> Figure:
+    """Figure 4: CKA of every pair of states, one matrix for each model and task, and their mean."""
+    keys = list(result.arrays)
+    columns = min(3, len(keys))
+    rows = -(-len(keys) // columns)
+    figure = Figure(figsize=(1 + 3 * columns, 0.5 + 3 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    finite = np.concatenate([array[np.isfinite(array)] for array in result.arrays.values()])
+    low = min(0.0, float(finite.min())) if finite.size else 0.0
+    image: Any = None
+    for axis, key in zip(axes.flat, keys, strict=False):
+        image = axis.imshow(result.arrays[key], origin="lower", vmin=low, vmax=1, interpolation="nearest")
+        axis.set(xlabel="state", ylabel="state", title=_titled(key))
+        axis.grid(False)
+    for axis in axes.flat[len(keys) :]:
+        axis.set_visible(False)
+    figure.colorbar(image, ax=axes, label=f"CKA, {result.about['choices']['cka_estimator']}", shrink=0.8)
+    return figure
+
+
+def draw_accuracy(result: Result) -> Figure:
+    """Table 1 over depth: accuracy of probes, the spread over seeds as a band, and the paper's last layer."""
+    lengths = list(dict.fromkeys(row["length"] for row in result.rows))
+    figure = Figure(figsize=(1 + 3 * len(lengths), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(lengths), squeeze=False, sharey=True)[0]
+    models, tasks = _names(result.rows, "model"), [task for task in _names(result.rows, "task") if task != "mean"]
+    for axis, length in zip(axes, lengths, strict=True):
+        for row in result.rows:
+            if row["length"] != length or row["task"] == "mean":
+                continue
+            accuracy = 100 * result.arrays[f"{row['model']}/{row['task']}/{length}"]
+            x, style = np.linspace(0, 1, len(accuracy)), _style(models, tasks, row)
+            mean = accuracy.mean(1)
+            spread = accuracy.std(1, ddof=1) if accuracy.shape[1] > 1 else np.zeros(len(x))
+            axis.plot(x, mean, **style)
+            axis.fill_between(x, mean - spread, mean + spread, color=style["color"], alpha=0.2, linewidth=0)
+            axis.axhline(row["chance"], color=INK, linewidth=0.8, linestyle=(0, (1, 3)))
+        for told in result.about["comparison"]:
+            if told["text"] == "last" and told["length"] == length:
+                axis.plot(1, told["paper"], "o", mfc="none", color=_COLORS[models.index(told["model"]) % len(_COLORS)])
+        axis.set(xlabel="normalised depth", title=f"{length:,} tokens")
+    axes[0].set_ylabel("accuracy of the probe, %")
+    extra = [Line2D([], [], color=INK, linewidth=0.8, linestyle=(0, (1, 3)), label="chance")]
+    if result.about["comparison"]:
+        extra.append(Line2D([], [], color=INK, marker="o", mfc="none", linestyle="", label="paper, last layer"))
+    figure.legend(handles=_legend(models, tasks) + extra, loc="outside lower center", ncols=4)
+    return figure
+
+
+def draw_variation(result: Result) -> Figure:
+    """Table 2: V_loc and V_glob over lengths, and the paper's."""
+    figure = Figure(figsize=(8.5, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2)
+    models, tasks = _names(result.rows, "model"), [task for task in _names(result.rows, "task") if task != "mean"]
+    for axis, name in zip(axes, ("v_loc", "v_glob"), strict=True):
+        for model in models:
+            for task in tasks:
+                rows = [row for row in result.rows if (row["model"], row["task"]) == (model, task)]
+                values = [np.nan if row[name] is None else row[name] for row in rows]
+                axis.plot([row["length"] for row in rows], values, marker=".", **_style(models, tasks, rows[0]))
+            paper = [told for told in result.about["comparison"] if (told["model"], told["text"]) == (model, name)]
+            color = _COLORS[models.index(model) % len(_COLORS)]
+            lengths = [told["length"] for told in paper]
+            axis.plot(lengths, [told["paper"] for told in paper], "o", mfc="none", color=color)
+        axis.set(xlabel="tokens", ylabel={"v_loc": "$V_{loc}$", "v_glob": "$V_{glob}$"}[name])
+        axis.set_xscale("log", base=2)
+        lengths = _names(result.rows, "length")
+        axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axis.set_ylim(bottom=0)
+    extra = []
+    if result.about["comparison"]:
+        extra.append(Line2D([], [], color=INK, marker="o", mfc="none", linestyle="", label="paper, mean over tasks"))
+    figure.legend(handles=_legend(models, tasks) + extra, loc="outside lower center", ncols=3)
+    return figure
+
+
+def _lines(axis: Any, rows: Sequence[Row]) -> list[Line2D]:
+    models, tasks = _names(rows, "model"), _names(rows, "task")
+    for key in dict.fromkeys((row["model"], row["task"], row["length"]) for row in rows):
+        part = [row for row in rows if (row["model"], row["task"], row["length"]) == key]
+        values = [np.nan if row["value"] is None else row["value"] for row in part]
+        axis.plot(np.linspace(0, 1, len(part)), values, **_style(models, tasks, part[0]))
+    return _legend(models, tasks)
+
+
+def _style(models: list[str], tasks: list[str], row: Row) -> dict[str, Any]:
+    """A colour for the model, dashes for the task."""
+    color = _COLORS[models.index(row["model"]) % len(_COLORS)]
+    return {"color": color, "linestyle": _DASHES[tasks.index(row["task"]) % len(_DASHES)]}
+
+
+def _legend(models: list[str], tasks: list[str]) -> list[Line2D]:
+    colors = [Line2D([], [], color=_COLORS[place % len(_COLORS)], label=model) for place, model in enumerate(models)]
+    dashes = [
+        Line2D([], [], color=INK, linestyle=_DASHES[place % len(_DASHES)], label=task)
+        for place, task in enumerate(tasks)
+    ]
+    return colors + (dashes if len(tasks) > 1 else [])
+
+
+def _names(rows: Sequence[Row], column: str) -> list[Any]:
+    return list(dict.fromkeys(row[column] for row in rows))
+
+
+def _titled(key: str) -> str:
+    model, task, length = key.rsplit("/", 2)
+    return f"{model}, {task}, {int(length):,} tokens"

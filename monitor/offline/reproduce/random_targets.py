@@ -1,0 +1,89 @@
+"""Figures 3, 5, 6 and 7: rows and claims out of the streams of models drawn at random."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from repflow.monitor.offline.reproduce.checkpoints import Depths
+from repflow.monitor.offline.reproduce.claims import claims_of
+from repflow.monitor.offline.reproduce.depth_targets import depth_request, family, key_of, pretrained_rows
+from repflow.monitor.offline.reproduce.options import ReproduceOptions
+from repflow.monitor.offline.reproduce.paper import compare_random
+from repflow.monitor.offline.reproduce.streams import Stream, Streams, points_of, random_tokens
+from repflow.monitor.offline.reproduce.targets import Target
+from repflow.monitor.offline.reproduce.written import Result
+
+_MATTERS = ("schemes", "policies", "embeddings", "positions", "scaled_positions", "dtype")
+WITH_CHECKPOINT = ("figure3", "figure5")
+"""Figures that show the checkpoint too, where there is one; its scheme is `pretrained`."""
+
+
+def random_request(target: Target, options: ReproduceOptions) -> dict[str, Any]:
+    """What decides the rows of a target."""
+    return {
+        "models": list(options.model_names),
+        "seeds": list(options.random_seeds),
+        "tokens": random_tokens(options),
+        **{name: getattr(options, name) for name in _MATTERS},
+        "checkpoints": [] if options.init or target.name not in WITH_CHECKPOINT else depth_request(target, options),
+    }
+
+
+def random_result(target: Target, options: ReproduceOptions, streams: Streams, depths: Depths) -> Result:
+    """What a target writes."""
+    found = streams.of(points_of(target, options))
+    updates = target.name == "figure5"
+    drawn = [row for stream in found for row in _rows(stream, updates)]
+    trained = pretrained_rows(depths.of(options.lengths_of(target)), updates) if target.name in WITH_CHECKPOINT else []
+    return Result(
+        target=target.name,
+        rows=[*drawn, *trained],
+        about={
+            "target": target.name,
+            "title": target.title,
+            "paper": f"arXiv 2510.06640, {target.paper}",
+            "request": random_request(target, options),
+            "quantity": "update_inter_token" if updates else "inter_token",
+            "choices": {
+                "protocol": "random_ids: uniform ids, one sequence for each seed of the weights, drawn from it",
+                "states": "residual: before the final norm; h^(0), the input of block 0, is state 0 and counts",
+                "initialisation": "matrices by the scheme; biases and norm affines by the policy; A_log, D, dt_bias "
+                "and dt_proj.bias of state spaces as they are",
+                "spread": "standard deviation over seeds (n − 1)",
+            },
+            "models": {
+                name: common(stream.choices for stream in found if stream.model == name) for name in _models(found)
+            },
+            "checkpoints": {key_of(depth): depth.choices for depth in depths.of(options.lengths_of(target)) if trained},
+            "skipped": [*streams.skipped, *depths.skipped],
+            "claims": claims_of(target.name, drawn),
+            "comparison": compare_random(target.name, drawn),
+        },
+    )
+
+
+def common(choices: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What several descriptions agree on."""
+    first, *others = choices
+    return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
+
+
+def _models(streams: Sequence[Stream]) -> list[str]:
+    return list(dict.fromkeys(stream.model for stream in streams))
+
+
+def _rows(stream: Stream, updates: bool) -> list[dict[str, Any]]:
+    values = stream.update_inter_token if updates else stream.inter_token
+    same = {
+        "model": stream.model,
+        "family": family(stream.choices["blocks"]),
+        "scheme": stream.point.scheme,
+        "policy": stream.point.policy,
+        "norms": stream.point.norms,
+        "embedding_scale": float(stream.point.embedding_scale),
+        "seed": stream.seed,
+    }
+    place = "transition" if updates else "state"
+    return [
+        same | {place: index, "value": value, "nonfinite": stream.nonfinite[index + updates]}
+        for index, value in enumerate(values)
+    ]

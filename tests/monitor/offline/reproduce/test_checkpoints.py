@@ -1,0 +1,141 @@
+"""Figures 1, 2 and 4 and tables 1 and 2 of checkpoints: what is written is what the extraction found."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from repflow.monitor.functional import adjacent_layer_similarity
+from repflow.monitor.offline.extracted import Extraction
+from repflow.monitor.offline.loading import load_model
+from repflow.monitor.offline.probing import ProbeOptions, train_probes
+from repflow.monitor.offline.reproduce.written import Result, read_result
+from repflow.monitor.offline.tasks_kvpr import KeyValueRetrieval
+from tests.monitor.offline import tiny
+from tests.monitor.offline.reproduce.conftest import reproduce, trained
+
+
+def result(folder: Path, target: str) -> Result:
+    found = read_result(folder, target)
+    assert found is not None
+    return found
+
+
+def extraction(folder: Path, model: str, task: str) -> Extraction:
+    (place,) = (folder / "work" / "prompts").glob(f"{model}-{task}-300-*")
+    return Extraction.open(place / "extraction")
+
+
+def test_one_extraction_serves_all_targets(checkpoints: Path):
+    names = {path.name.rsplit("-", 1)[0] for path in (checkpoints / "work" / "prompts").iterdir()}
+    assert names == {f"{model}-{task}-300" for model in ("gpt_neox", "mamba2") for task in ("kvpr", "mdqa")}
+
+
+@pytest.mark.parametrize(("target", "name"), [("figure1", "adjacent"), ("figure2", "inter_token")])
+def test_curves(target: str, name: str, checkpoints: Path):
+    for model in ("gpt_neox", "mamba2"):
+        chosen = {"model": model, "task": "mdqa", "length": 300}
+        found = [row["value"] for row in result(checkpoints, target).rows if chosen.items() <= row.items()]
+        expected = getattr(extraction(checkpoints, model, "mdqa").snapshot, name)
+        assert found == pytest.approx(expected.tolist(), rel=1e-6)
+
+
+def test_the_map_of_a_prompt_is_that_of_its_tokens(checkpoints: Path, models: Path):
+    arrays = result(checkpoints, "figure1").arrays
+    items = result(checkpoints, "figure1").about["models"]["gpt_neox/kvpr/300"]["items"]
+    ids = torch.tensor([tiny.tokenizer()(KeyValueRetrieval(items=items).sample(0).prompt)["input_ids"]])
+    model = load_model(str(models / "gpt_neox")).model
+    with torch.no_grad():
+        hidden = model(ids, output_hidden_states=True).hidden_states
+    # The last entry of transformers is after the final norm: all others are as they are here.
+    expected = adjacent_layer_similarity(torch.stack(hidden[:-1]))[:, 0]
+    assert np.allclose(arrays["gpt_neox/kvpr/300/tokens"][:-1], expected, atol=1e-5)
+    assert arrays["gpt_neox/kvpr/300/positions"].shape == (3, 64)
+
+
+def test_matrices_and_their_mean(checkpoints: Path):
+    arrays = result(checkpoints, "figure4").arrays
+    parts = [arrays[f"mamba2/{task}/300"] for task in ("kvpr", "mdqa")]
+    assert np.allclose(parts[0], extraction(checkpoints, "mamba2", "kvpr").snapshot.cka, atol=1e-6)
+    assert np.allclose(arrays["mamba2/mean/300"], np.mean(parts, axis=0))
+
+
+@pytest.mark.parametrize("figure", ["figure3", "figure5"])
+def test_the_checkpoint_stands_beside_models_drawn_at_random(figure: str, checkpoints: Path):
+    rows = [row for row in result(checkpoints, figure).rows if row["scheme"] == "pretrained"]
+    name = "update_inter_token" if figure == "figure5" else "inter_token"
+    for model, family in (("gpt_neox", "TBM"), ("mamba2", "SSM")):
+        curves = [getattr(extraction(checkpoints, model, task).snapshot, name) for task in ("kvpr", "mdqa")]
+        found = [row["value"] for row in rows if row["model"] == model and row["family"] == family]
+        assert found == pytest.approx(torch.stack(curves).mean(0).tolist(), rel=1e-6)
+
+
+def test_table_1_is_what_probes_find(checkpoints: Path):
+    written = result(checkpoints, "table1")
+    source = extraction(checkpoints, "gpt_neox", "kvpr")
+    options = ProbeOptions.of("paper", seeds=(0, 1))
+    expected = train_probes(source.features, 4, source.labels, source.contexts, options)
+    assert np.array_equal(written.arrays["gpt_neox/kvpr/300"], expected.accuracy)
+    row, other, mean = (row for row in written.rows if row["model"] == "gpt_neox")
+    assert row["last"] == pytest.approx(100 * float(expected.mean[-1]))
+    assert row["drop"] == pytest.approx(100 * expected.drop, abs=1e-6)
+    assert (row["peak_state"], row["samples"], row["classes"]) == (expected.peak, 44, expected.classes)
+    assert (mean["task"], mean["last"]) == ("mean", pytest.approx((row["last"] + other["last"]) / 2))
+
+
+def test_table_2_is_what_the_snapshot_has(checkpoints: Path):
+    row = result(checkpoints, "table2").rows[1]
+    snapshot = extraction(checkpoints, "gpt_neox", "mdqa").snapshot
+    assert [row["v_loc"], row["v_glob"]] == pytest.approx([float(snapshot.v_loc), float(snapshot.v_glob)], rel=1e-6)
+
+
+def test_every_choice_is_stated(checkpoints: Path):
+    stated = json.loads((checkpoints / "table1.json").read_text())
+    assert stated["choices"]["probes"]["learning_rate"] == 0.05
+    measured = stated["models"]["mamba2/kvpr/300"]
+    expected = {
+        "states": "residual",
+        "cka_estimator": "unbiased",
+        "samples": 44,
+        "weights": "pretrained",
+        "device": "cpu",
+    }
+    assert expected.items() <= measured.items()
+    assert len(measured["tokens_min_mean_max"]) == 3
+    assert measured["positions"] and measured["weights_hash"] and measured["versions"]["torch"] == torch.__version__
+
+
+def test_a_damaged_cache_is_measured_again(models: Path, tmp_path: Path):
+    arguments = ["figure2", *trained(models, "gpt_neo"), "--task", "kvpr", "--no-pictures", "-o", tmp_path]
+    reproduce(*arguments)
+    whole = (tmp_path / "figure2.csv").read_bytes()
+    (place,) = (tmp_path / "work" / "prompts").iterdir()
+    (place / "extraction" / "000000.pt").write_bytes(b"nothing")
+    (tmp_path / "figure2.json").write_text("{")
+    with pytest.warns(RuntimeWarning, match="is damaged"):
+        assert "44 prompts" in reproduce(*arguments).output
+    assert (tmp_path / "figure2.csv").read_bytes() == whole
+
+
+def test_the_paper_stands_beside_a_model_of_its_name(models: Path, tmp_path: Path):
+    (tmp_path / "pythia-2.8b").symlink_to(models / "gpt_neox")
+    reproduce("table2", "figure2", *trained(tmp_path, "pythia-2.8b")[:2], *trained(models)[:], "--no-pictures",
+              "-o", tmp_path / "out")  # fmt: skip
+    loc, glob = result(tmp_path / "out", "table2").about["comparison"]
+    mean = next(row for row in result(tmp_path / "out", "table2").rows if row["task"] == "mean")
+    assert (loc["paper"], glob["paper"]) == (0.265, 1.059)
+    assert loc["difference"] == pytest.approx(mean["v_loc"] - 0.265, rel=1e-5)
+    assert [row["paper"] for row in result(tmp_path / "out", "figure2").about["comparison"]] == [0.9, 0.6]
+
+
+def test_a_length_beyond_the_window_is_skipped_and_said(models: Path, tmp_path: Path):
+    output = reproduce(
+        *("table2", "--init", "--model", models / "gpt_neo", "--length", "64", "--length", "1K"),
+        *("--no-pictures", "-o", tmp_path),
+    ).output
+    assert "skipped 1,024 tokens: the model's window is 512" in output
+    written = result(tmp_path, "table2")
+    assert {(row["task"], row["length"]) for row in written.rows} == {("random_ids", 64), ("mean", 64)}
+    assert written.about["comparison"] == [] and len(written.about["skipped"]) == 1

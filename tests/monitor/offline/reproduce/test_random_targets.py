@@ -1,0 +1,97 @@
+"""Figures 3, 5, 6 and 7: what is written is what a single stream gives, and a stopped run goes on."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from repflow.monitor.offline.initialisation import Initialisation
+from repflow.monitor.offline.random_streams import random_stream
+from repflow.monitor.offline.reproduce.written import read_result
+from tests.monitor.offline import tiny
+from tests.monitor.offline.reproduce.conftest import reproduce
+
+FIGURES = ("figure3", "figure5", "figure6", "figure7")
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_every_choice_has_its_rows(figure: str, drawn: Path):
+    result = read_result(drawn, figure)
+    assert result is not None
+    variants = {"figure6": 3, "figure7": 3}.get(figure, 1)
+    depth = 3 if figure == "figure5" else 4
+    assert len(result.rows) == 4 * 2 * 2 * 3 * variants * depth  # models, seeds, schemes, policies
+    assert {row["model"] for row in result.rows} == set(tiny.KINDS)
+    assert {row["family"] for row in result.rows if row["model"].startswith("gpt")} == {"TBM"}
+    assert {row["family"] for row in result.rows if row["model"].startswith("mamba")} == {"SSM"}
+
+
+@pytest.mark.parametrize(
+    ("figure", "norms", "scale"),
+    [("figure3", "baseline", 1.0), ("figure6", "disabled", 1.0), ("figure7", "baseline", 0.5)],
+)
+def test_rows_are_the_stream_of_their_choice(figure: str, norms: str, scale: float, drawn: Path, models: Path):
+    result = read_result(drawn, figure)
+    assert result is not None
+    chosen = {"model": "gpt_neo", "scheme": "gaussian", "policy": "scheme", "seed": 1}
+    chosen |= {"norms": norms, "embedding_scale": scale}
+    found = [row["value"] for row in result.rows if chosen.items() <= row.items()]
+    expected = random_stream(
+        str(models / "gpt_neo"),
+        Initialisation(scheme="gaussian", policy="scheme", seed=1),
+        norms=norms,  # pyright: ignore[reportArgumentType]
+        embedding_scale=scale,
+        tokens=64,
+    )
+    assert found == pytest.approx(expected.inter_token.tolist(), rel=1e-6)
+
+
+def test_every_choice_is_stated(drawn: Path):
+    about = json.loads((drawn / "figure6.json").read_text())
+    assert about["request"]["seeds"] == [0, 1] and about["request"]["tokens"] == 64
+    stated = about["models"]["mamba"]
+    expected = {
+        "protocol": "random_ids", "states": "residual", "tokens": 64, "sequences": 1, "dtypes": ["float32"],
+        "weights": "random", "embeddings": "scheme", "positions": "scheme",
+        "protected": "A_log, D, dt_bias, dt_proj.bias", "scan": "chunked",
+        "float32_products": "highest", "device": "cpu", "blocks": ["ssm"],
+    }  # fmt: skip
+    assert expected.items() <= stated.items()
+    assert stated["versions"].keys() == {"repflow", "torch", "transformers"}
+    assert "norms" not in stated  # which is no choice, but what the figure is about
+    assert "h^(0)" in about["choices"]["states"]
+
+
+def test_a_stopped_run_goes_on(models: Path, tmp_path: Path):
+    arguments = [
+        *("figure3", "--init", "--model", models / "gpt_neo", "--length", "32", "--seeds", "1", "--scheme", "gaussian"),
+        *("--no-pictures", "-o", tmp_path),
+    ]
+    reproduce(*arguments)
+    whole = (tmp_path / "figure3.csv").read_bytes()
+    (store,) = (tmp_path / "work" / "streams").iterdir()
+    lines = store.read_text().splitlines()
+    # As a kill leaves it: a line that ends within, and nothing of the figure.
+    store.write_text("\n".join([lines[0], lines[1][: len(lines[1]) // 2]]))
+    (tmp_path / "figure3.json").unlink()
+    with pytest.warns(RuntimeWarning, match="line 2 is damaged; it is measured again"):
+        result = reproduce(*arguments)
+    assert "gpt_neo, seed 0: 2 streams" in result.output
+    assert (tmp_path / "figure3.csv").read_bytes() == whole
+    again = reproduce(*arguments)
+    assert "figure3: is there already" in again.output and "streams" not in again.output
+    store.unlink()
+    assert "3 streams" in reproduce(*arguments, "--force").output
+    assert "2 streams" in reproduce(*arguments[:-3], "--policy", "trivial", "--scheme", "xavier", "--scheme", "kaiming",
+                                    *arguments[-3:]).output  # fmt: skip
+
+
+def test_a_model_whose_window_is_too_small_is_said(models: Path, tmp_path: Path):
+    result = reproduce(
+        *("figure5", "--init", "--model", models / "gpt_neo", "--model", models / "mamba", "--length", "600"),
+        *("--seeds", "1", "--scheme", "gaussian", "--policy", "scheme", "--no-pictures", "-o", tmp_path),
+    )
+    assert "skipped 600 tokens: the model's window is 512" in result.output
+    about = json.loads((tmp_path / "figure5.json").read_text())
+    assert about["skipped"] == ["gpt_neo: skipped 600 tokens: the model's window is smaller"]
+    assert list(about["models"]) == ["mamba"]
