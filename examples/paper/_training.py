@@ -1,10 +1,12 @@
 """The training loop: text and key-value pairs in every batch, limited by time or by steps, watched by the monitor."""
 
+import csv
 import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,6 +85,8 @@ class Batches:
     text: Tensor
     writer: PairWriter
     rows: int
+    fitting: int
+    """Most pairs of a sample that fit into a row with a question."""
     generator: torch.Generator
     choice: random.Random
 
@@ -90,15 +94,17 @@ class Batches:
     def of(cls, corpus: Corpus, rows: int, device: torch.device, seed: int) -> "Batches":
         """Those of a corpus, on a device."""
         writer = PairWriter(corpus.tokenizer, device, seed)
+        fitting = next(pairs for pairs in range(CURRICULUM[-1][1], 0, -1) if writer.questions(pairs, TOKENS + 1))
         generator = torch.Generator(device).manual_seed(seed)
-        return cls(corpus.train.to(device), writer, rows, generator, random.Random(seed))
+        return cls(corpus.train.to(device), writer, rows, fitting, generator, random.Random(seed))
 
     def draw(self, most_pairs: int) -> Rows:
         """A batch, whose samples of KVPR have so many pairs at most."""
         half, device = self.rows // 2, self.text.device
         start = torch.randint(len(self.text) - TOKENS, (half, 1), device=device, generator=self.generator)
         text = self.text[start + torch.arange(TOKENS + 1, device=device)].long()
-        pairs = self.writer.rows(self.rows - half, TOKENS + 1, self.choice.randint(1, most_pairs))
+        count = self.choice.randint(1, min(most_pairs, self.fitting))
+        pairs = self.writer.rows(self.rows - half, TOKENS + 1, count)
         ones = torch.ones(text.shape, device=device)
         return Rows(
             torch.cat([text, pairs.tokens]),
@@ -191,6 +197,9 @@ def _point(seen: Tensor, about: dict[str, Any]) -> Point:
     return Point(text_loss=text, answer_loss=answer, answer_accuracy=accuracy, **about)
 
 
-def as_rows(curve: list[Point]) -> list[dict[str, Any]]:
-    """The curve as rows of a table."""
-    return [{name: round(value, 6) for name, value in asdict(point).items()} for point in curve]
+def write_curve(path: Path, curve: list[Point]) -> None:
+    """The curve as CSV."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [column.name for column in fields(Point)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: round(value, 6) for name, value in asdict(point).items()} for point in curve)

@@ -7,7 +7,6 @@ key-value pairs are retrieved; loss.csv; and run.db, the run file of the monitor
 """
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -25,7 +24,7 @@ import torch
 from _kvpr import EVALUATION_SEED, judge_retrieval
 from _models import FAMILIES, FULL, LEARNING_RATES, TINY, TOKENS, build, variant_name
 from _ssd import train_by_products
-from _training import CURRICULUM, Batches, Clock, Point, as_rows, train
+from _training import CURRICULUM, Batches, Clock, Point, train, write_curve
 from torch.nn.functional import cross_entropy
 
 import repflow
@@ -113,11 +112,7 @@ def save(model: Any, corpus: _corpus.Corpus, options: argparse.Namespace, curve:
     """Write checkpoint, curve and what was found, with every choice."""
     model.save_pretrained(options.out)
     corpus.tokenizer.save_pretrained(options.out)
-    with (options.out / "loss.csv").open("w", newline="", encoding="utf-8") as file:
-        rows = as_rows(curve)
-        writer = csv.DictWriter(file, list(rows[0]) if rows else [])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_curve(options.out / "loss.csv", curve)
     about = {
         "variant": variant_name(options.family, options.norms),
         "model_class": type(model).__name__,
