@@ -128,9 +128,9 @@ def load(case: ExtractionCase, device: torch.device) -> Any:
             Path(name).write_text(case.model, encoding="utf-8")
         loaded = load_model(name, init=True, dtype=dtype, device=device)
     if case.chunk and not fused_scan():
-        for module in loaded.model.modules():
-            if hasattr(module, "chunk_size"):
-                module.chunk_size = case.chunk
+        mixers: list[Any] = [module for module in loaded.model.modules() if hasattr(module, "chunk_size")]
+        for mixer in mixers:
+            mixer.chunk_size = case.chunk
     return loaded
 
 

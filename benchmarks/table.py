@@ -49,8 +49,8 @@ _OVERHEAD = (
 )
 
 _EXTRACTION = (
-    "**Extraction** of statistics and last-token features, from the call to the last file, and the same batches through "
-    "the bare model, in turns; medians, and lowest and highest, of {runs} runs:"
+    "**Extraction** of statistics and last-token features, from the call to the last file, and the same batches "
+    "through the bare model, in turns; medians, and lowest and highest, of {runs} runs:"
 )
 
 _PROBES = "**Probes**, all states and seeds at once, from features in host memory to accuracies:"

@@ -238,7 +238,7 @@ def test_a_wrong_extraction_gets_no_time(tiny_extraction, monkeypatch: pytest.Mo
     calls = iter(range(10**6))
     # The first forwards are those of the extraction, whose states are changed; those of the reference are not.
     monkeypatch.setattr(recorder, "_add", lambda self, seen: (slightly_wrong if next(calls) < 2 else add)(self, seen))
-    with pytest.raises(RuntimeError, match="no time is shown, for these differ from the reference: .*norms"):
+    with pytest.raises(RuntimeError, match=r"no time is shown, for these differ from the reference: .*norms"):
         extraction.check(loaded, case, options, tmp_path / "wrong")
 
 

@@ -1,4 +1,4 @@
-"""examples/paper, on tiny models: what is trained on, with what, and that checkpoints are what `repflow reproduce` reads."""
+"""examples/paper, on tiny models: what they learn from, how they compute, and that checkpoints read as others do."""
 
 import csv
 import json
@@ -171,7 +171,7 @@ def test_without_norms_only_the_mean_is_taken_away(tmp_path: Path):
         got = loaded(input_ids=ids).last_hidden_state
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
-                module.forward = lambda x: x - x.mean(-1, keepdim=True)
+                module.forward = lambda input: input - input.mean(-1, keepdim=True)
         torch.testing.assert_close(got, model.base_model(input_ids=ids).last_hidden_state, rtol=1e-4, atol=1e-4)
     assert got.std() > 0.5  # of the size that a norm would have brought it to
 
@@ -218,12 +218,15 @@ def test_a_model_is_trained_watched_and_read(monkeypatch, corpus_folder: Path, t
     assert measured.snapshot.inter_token.isfinite().all() and measured.features([0]).shape == (1, 4, 32)
 
 
-def test_all_variants_are_run_and_failures_told(monkeypatch, capsys, text: Path, tmp_path: Path):
-    options = ["--work", "work", "--results", "results", "--text", text, "--text-mib", 0.5, "--targets"]
+def test_all_variants_are_run_and_failures_told(monkeypatch, capsys, corpus_folder: Path, tmp_path: Path):
+    shutil.copytree(corpus_folder, tmp_path / "work" / "corpus")
+    options = ["--work", "work", "--results", "results", "--targets"]
     tiny = ["--tiny", "--steps", 2, "--rows", 2, "--samples", 1]
     with pytest.raises(SystemExit) as ended:
         run_script(monkeypatch, "run.py", "--variants", "transformer-no-norms", *options, *tiny)
-    assert ended.value.code == 0, capsys.readouterr().out + (tmp_path / "work/logs/transformer-no-norms.log").read_text()
+    assert ended.value.code == 0, (
+        capsys.readouterr().out + (tmp_path / "work/logs/transformer-no-norms.log").read_text()
+    )
     kept = sorted(path.name for path in (tmp_path / "results" / "transformer-no-norms").iterdir())
     assert kept == ["loss.csv", "run.db", "training.json"]
     # What is there is not made again; what fails is told.

@@ -1,4 +1,4 @@
-"""What the models read: the source text of installed Python packages, as tokens, and the tokenizer that is made for it."""
+"""What the models read: the source text of installed Python packages, and the tokenizer that is made for it."""
 
 import json
 import os
@@ -26,6 +26,7 @@ _PIECES = r"[0-9a-f]{2}(?=[0-9a-f-]*\z)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!
 """Of what is cut at UUIDs: two hexadecimal digits that only digits and dashes follow, which is the inside of a UUID;
 elsewhere words, single digits, signs and white space."""
 _LEARNED_BYTES = 8 * 2**20  # of text, from which merges are learned
+_ENCODED_AT_ONCE = 256  # files, of what would take a hundred bytes per token
 _LEARNED_UUIDS = 20_000  # enough for every pair of digits to be merged
 
 
@@ -101,8 +102,11 @@ def train_tokenizer(files: list[str]) -> PreTrainedTokenizerFast:
 def _encode(tokenizer: PreTrainedTokenizerFast, files: list[str]) -> Any:
     end = tokenizer.convert_tokens_to_ids(END)
     assert tokenizer.backend_tokenizer is not None
-    rows = [[*row.ids, end] for row in tokenizer.backend_tokenizer.encode_batch_fast(files)]
-    return np.concatenate([np.array(row, dtype=np.uint16) for row in rows])
+    rows: list[Any] = []
+    for start in range(0, len(files), _ENCODED_AT_ONCE):
+        encoded = tokenizer.backend_tokenizer.encode_batch_fast(files[start : start + _ENCODED_AT_ONCE])
+        rows += [np.array([*row.ids, end], dtype=np.uint16) for row in encoded]
+    return np.concatenate(rows)
 
 
 def _head(files: list[str], size: int) -> Iterator[str]:

@@ -18,7 +18,7 @@ _REST = 0.1
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of tokens; `weight` is that of each token in the loss, `answer` tells those of answers, `real` no padding."""
+    """Rows of tokens: the `weight` of each in the loss, whether it is of an `answer`, and whether it is no padding."""
 
     tokens: Tensor
     weight: Tensor
@@ -50,6 +50,7 @@ class PairWriter:
         def encode(text: str) -> Tensor:
             return torch.tensor(tokenizer.encode(text), device=device)
 
+        self._places: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._literal = {name: encode(text) for name, text in texts.items()}
         self._dash, self._end = int(self._literal["dash"]), int(self._literal["end"])
         zero = "00000000-0000-4000-8000-0000000000"  # and a last byte, which comes last
@@ -106,10 +107,12 @@ class PairWriter:
             literal("tail")
             parts.append((asked[:, 1], "answer"))
         literal("end")
-        sizes = torch.tensor([part.shape[1] for part, _ in parts])
-        weight = torch.tensor([_REST if kind == "rest" else 1.0 for _, kind in parts]).repeat_interleave(sizes)
-        answer = torch.tensor([kind == "answer" for _, kind in parts]).repeat_interleave(sizes)
-        return torch.cat([part for part, _ in parts], 1), weight.to(self._device), answer.to(self._device)
+        if (pairs, questions) not in self._places:  # a copy to the device waits for it: one for each kind of sample
+            sizes = torch.tensor([part.shape[1] for part, _ in parts])
+            weight = torch.tensor([_REST if kind == "rest" else 1.0 for _, kind in parts]).repeat_interleave(sizes)
+            answer = torch.tensor([kind == "answer" for _, kind in parts]).repeat_interleave(sizes)
+            self._places[pairs, questions] = weight.to(self._device), answer.to(self._device)
+        return torch.cat([part for part, _ in parts], 1), *self._places[pairs, questions]
 
     def _uuids(self, count: int, pairs: int) -> Tensor:
         """`[count, pairs, 2, tokens of a UUID]`: of version 4, as `uuid.uuid4` draws them."""

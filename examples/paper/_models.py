@@ -35,8 +35,9 @@ class Sizes:
 
 FULL = Sizes(width=512, blocks=14, head=64, state=128, attention=(3, 7, 11), ssm_width=640, ssm_blocks=16)
 TINY = Sizes(width=32, blocks=3, head=16, state=8, attention=(1,), ssm_width=32, ssm_blocks=3)
-LEARNING_RATES: Mapping[str, float] = {"transformer": 1e-3, "ssm": 1e-3, "hybrid": 1e-3}
-FAMILIES = tuple(LEARNING_RATES)
+FAMILIES = ("transformer", "ssm", "hybrid")
+LEARNING_RATES: Mapping[Norms, float] = {"trained": 1e-3, "frozen": 1e-3, "none": 5e-4}
+"""The peak. Without norms nothing holds back a step that is too large."""
 
 
 def variant_name(family: str, norms: Norms) -> str:
@@ -138,7 +139,9 @@ def _without_norms(model: PreTrainedModel) -> None:
         norm.weight.fill_(math.sqrt(_NO_NORM))
         norm.requires_grad_(False)
     model.config.layer_norm_eps = _NO_NORM
-    model.get_input_embeddings().weight.normal_()
+    embedding = model.get_input_embeddings().weight
+    assert isinstance(embedding, torch.Tensor)
+    embedding.normal_()
     for name, parameter in model.named_parameters():
         if name.endswith(("attention.dense.weight", "dense_4h_to_h.weight")):
             parameter /= math.sqrt(2 * model.config.num_hidden_layers)

@@ -1,4 +1,4 @@
-"""Trains the five models on the GPUs that there are, as many at once, and measures figures and tables of the paper on them.
+"""Trains the five models, as many at once as there are GPUs, and makes figures and tables of the paper on them.
 
 python run.py --seconds 70 --work paper-work --results examples/paper/results
 
@@ -19,19 +19,17 @@ from queue import Queue
 
 import _corpus
 import torch
-from _models import variant_name
+from _models import Norms, variant_name
 
 HERE = Path(__file__).resolve().parent
-VARIANTS = {
-    variant_name(family, norms): (family, norms)
-    for family, norms in (
-        ("ssm", "trained"),  # the slowest to compile first
-        ("hybrid", "trained"),
-        ("transformer", "trained"),
-        ("transformer", "frozen"),
-        ("transformer", "none"),
-    )
-}
+_TRAINED: tuple[tuple[str, Norms], ...] = (
+    ("ssm", "trained"),  # the slowest to compile first
+    ("hybrid", "trained"),
+    ("transformer", "trained"),
+    ("transformer", "frozen"),
+    ("transformer", "none"),
+)
+VARIANTS = {variant_name(family, norms): (family, norms) for family, norms in _TRAINED}
 TARGETS = ("figure1", "figure2", "figure4", "table1", "table2")
 KEPT = ("training.json", "loss.csv", "run.db")
 """Of a checkpoint's folder."""

@@ -42,9 +42,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--norms", choices=("trained", "frozen", "none"), default="trained", help="of the transformer")
     parser.add_argument("--seconds", type=float, default=70, help="of training, from the end of the first step on")
     parser.add_argument("--steps", type=int, help="optimizer steps instead")
-    parser.add_argument("--rows", type=int, default=64, help=f"of a batch, {TOKENS} tokens each; half of them are text")
-    parser.add_argument("--learning-rate", type=float, help="the peak; that of the family if left out")
-    parser.add_argument("--every", type=int, default=25, help="optimizer steps between snapshots of the monitor")
+    parser.add_argument("--rows", type=int, default=32, help=f"of a batch, {TOKENS} tokens each; half of them are text")
+    parser.add_argument("--learning-rate", type=float, help="the peak; 0.001, without norms 0.0005")
+    parser.add_argument("--every", type=int, default=50, help="optimizer steps between snapshots of the monitor")
     parser.add_argument("--samples", type=int, default=512, help="that retrieval is judged by")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--corpus", type=Path, default=Path("corpus"), help="folder of the tokens; made if missing")
@@ -56,7 +56,7 @@ def parse() -> argparse.Namespace:
     if options.norms != "trained" and options.family != "transformer":
         parser.error("--norms: expected 'trained' for ssm and hybrid: the check is of the transformer")
     options.out = options.out or Path("checkpoints") / variant_name(options.family, options.norms)
-    options.learning_rate = options.learning_rate or LEARNING_RATES[options.family]
+    options.learning_rate = options.learning_rate or LEARNING_RATES[options.norms]
     return options
 
 
@@ -69,7 +69,8 @@ def main() -> None:
     torch.manual_seed(options.seed)
     sizes, end = TINY if options.tiny else FULL, corpus.tokenizer.convert_tokens_to_ids(_corpus.END)
     assert isinstance(end, int)
-    model = build(options.family, options.norms, sizes, len(corpus.tokenizer), end).to(device).train()
+    with device:
+        model = build(options.family, options.norms, sizes, len(corpus.tokenizer), end).train()
     train_by_products(model)
     if device.type == "cuda":
         for block in find_residual_stream(model).blocks:
@@ -82,7 +83,9 @@ def main() -> None:
     clock = Clock(options.steps, None if options.steps else options.seconds)
     batches = Batches.of(corpus, options.rows, device, options.seed)
     started = time.perf_counter()
-    curve = train(model, batches, monitor, clock, options.learning_rate, lambda text: print(f"{name}: {text}", flush=True))
+    curve = train(
+        model, batches, monitor, clock, options.learning_rate, lambda text: print(f"{name}: {text}", flush=True)
+    )
     monitor.close()
     took = {"seconds": clock.elapsed(), "seconds_of_first_step": clock.began - started, "steps": clock.done}
     model.eval()
@@ -103,12 +106,18 @@ def judge(model: Any, corpus: _corpus.Corpus, samples: int, device: torch.device
     loss, per_byte = total / count, len(corpus.validation) / corpus.validation_bytes
     found = [judge_retrieval(model, corpus.tokenizer, pairs, samples, device) for pairs in JUDGED_PAIRS]
     return {
-        "text": {"nats_per_token": loss, "nats_per_byte": loss * per_byte, "nats_of_guessing": math.log(len(corpus.tokenizer))},
+        "text": {
+            "nats_per_token": loss,
+            "nats_per_byte": loss * per_byte,
+            "nats_of_guessing": math.log(len(corpus.tokenizer)),
+        },
         "retrieval": [asdict(entry) | {"chance_of_first": 1 / entry.pairs} for entry in found],
     }
 
 
-def save(model: Any, corpus: _corpus.Corpus, options: argparse.Namespace, curve: list[Point], found: dict[str, Any]) -> None:
+def save(
+    model: Any, corpus: _corpus.Corpus, options: argparse.Namespace, curve: list[Point], found: dict[str, Any]
+) -> None:
     """Write checkpoint, curve and what was found, with every choice."""
     model.save_pretrained(options.out)
     corpus.tokenizer.save_pretrained(options.out)
@@ -127,11 +136,17 @@ def save(model: Any, corpus: _corpus.Corpus, options: argparse.Namespace, curve:
         "corpus": json.loads((options.corpus / "corpus.json").read_text()),
     }  # fmt: skip
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    versions = {"repflow": repflow.__version__} | {name: version(name) for name in ("torch", "transformers", "tokenizers")}
-    whole = about | found | {"choices": choices, "device": device, "python": sys.version.split()[0], "versions": versions}
+    versions = {"repflow": repflow.__version__} | {
+        name: version(name) for name in ("torch", "transformers", "tokenizers")
+    }
+    whole = (
+        about | found | {"choices": choices, "device": device, "python": sys.version.split()[0], "versions": versions}
+    )
     (options.out / "training.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
     retrieved = ", ".join(f"{entry['whole']:.0%} of {entry['pairs']}" for entry in found["retrieval"])
-    print(f"{about['variant']}: text {found['text']['nats_per_token']:.3f} nats per token, pairs retrieved: {retrieved}")
+    print(
+        f"{about['variant']}: text {found['text']['nats_per_token']:.3f} nats per token, pairs retrieved: {retrieved}"
+    )
     print(f"run file: {options.out / 'run.db'}")
 
 
