@@ -41,12 +41,13 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         description=__doc__,
         epilog="Further options are passed on to train.py, such as --rows 32, --steps 100 or --tiny.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--seconds", type=float, default=70, help="of training, of each model")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="what to train")
     parser.add_argument("--targets", nargs="*", default=TARGETS, help="what to measure; nothing after it: nothing")
     parser.add_argument("--lengths", nargs="+", default=["300", "480"], help="of prompts: 5 and 9 pairs")
-    parser.add_argument("--samples", type=int, default=4096, help="prompts of each length")
+    parser.add_argument("--prompts", type=int, default=4096, help="of each length, to measure on")
     parser.add_argument("--processes", type=int, help="that share the measuring; one for each GPU if left out")
     parser.add_argument("--text", type=Path, help="folder of text; installed Python packages if left out")
     parser.add_argument("--text-mib", type=float, default=64, help="most text to read")
@@ -114,7 +115,7 @@ def measure(names: list[str], options: argparse.Namespace, processes: int) -> bo
     folder = options.work / "reproduced"
     models = [part for name in names for part in ("--model", options.work / "checkpoints" / name)]
     lengths = [part for length in options.lengths for part in ("--length", length)]
-    arguments = ["reproduce", *options.targets, *models, *lengths, "--samples", options.samples]
+    arguments = ["reproduce", *options.targets, *models, *lengths, "--samples", options.prompts]
     arguments += ["--task", "kvpr", "--no-pictures", "-o", folder]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *(torchrun if processes > 1 else []), "-m", "repflow", *arguments]
