@@ -79,4 +79,5 @@ bench: $(STAMP)
 	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('$(NO_GPU)')"
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/offline.py
 	$(BIN)/python benchmarks/table.py

@@ -47,10 +47,15 @@ class Reference:
             raise RuntimeError("expected a sampled step, got none: the monitor says why in a warning")
         states = len(got.inter_token)
         want = Snapshot.from_sums(self._sums.flat.cpu(), num_states=states, step=0, stream="", overhead_ms=0)
-        errors = {name: 0.0 if _same(got, want, name) else torch.inf for name in EXACT}
-        errors |= {name: _error(got, want, name) / TOLERANCE for name in ABSOLUTE}
-        errors |= {name: _error(got, want, name, relative=True) / TOLERANCE for name in RELATIVE}
-        return errors | {"cka": _error(got, want, "cka") / CKA_TOLERANCE.get(self._dtype, 2e-3)}
+        return shares_of_tolerance(got, want, self._dtype)
+
+
+def shares_of_tolerance(got: Snapshot, want: Snapshot, dtype: torch.dtype) -> dict[str, float]:
+    """The error of every quantity as a share of what is allowed for states of `dtype`; infinite where one is NaN."""
+    errors = {name: 0.0 if _same(got, want, name) else torch.inf for name in EXACT}
+    errors |= {name: _error(got, want, name) / TOLERANCE for name in ABSOLUTE}
+    errors |= {name: _error(got, want, name, relative=True) / TOLERANCE for name in RELATIVE}
+    return errors | {"cka": _error(got, want, "cka") / CKA_TOLERANCE.get(dtype, 2e-3)}
 
 
 def _raise(metric: Metric, error: Exception) -> None:

@@ -48,6 +48,13 @@ _OVERHEAD = (
     "synchronisations of CPU and GPU as far as PyTorch tells, and the CPU time of the monitor by itself."
 )
 
+_EXTRACTION = (
+    "**Extraction** of statistics and last-token features, from the call to the last file, and the same batches "
+    "through the bare model, in turns; medians, and lowest and highest, of {runs} runs:"
+)
+
+_PROBES = "**Probes**, all states and seeds at once, from features in host memory to accuracies:"
+
 _MEASURED = (
     "`make bench` measures this, and the kernels beside floors and other packages "
     "([docs/performance.md](docs/performance.md)); it checks each result in the run that times it."
@@ -64,7 +71,7 @@ def main() -> int:
     options = parser.parse_args()
     sections = {
         options.readme: steps_section(options.results),
-        options.performance: kernels_section(options.results),
+        options.performance: performance_section(options.results),
     }
     return max([update(page, text, check=options.check) for page, text in sections.items()])
 
@@ -104,12 +111,25 @@ def steps_section(results: Path) -> str:
     return "\n\n".join(["## Speed", prose(_MEASURED), *describe_overhead(rows), origin(rows[0], "overhead.csv", "")])
 
 
+def performance_section(results: Path) -> str:
+    """The section of docs/performance.md: the kernels, and offline analysis; empty without results."""
+    return "\n\n".join(filter(None, [kernels_section(results), offline_section(results)]))
+
+
 def kernels_section(results: Path) -> str:
-    """The section of docs/performance.md: the kernels beside floors and peers; empty without results."""
+    """The kernels beside floors and peers; empty without results."""
     if not (results / "kernels.csv").exists():
         return ""
     rows = read_rows(results / "kernels.csv")
     return "\n\n".join(["## The kernels", *describe_kernels(rows), origin(rows[0], "kernels.csv", "../")])
+
+
+def offline_section(results: Path) -> str:
+    """Extraction and probes; empty without results."""
+    if not (results / "offline.csv").exists():
+        return ""
+    rows = read_rows(results / "offline.csv")
+    return "\n\n".join(["## Offline", *describe_offline(rows), origin(rows[0], "offline.csv", "../")])
 
 
 def origin(row: Row, name: str, root: str) -> str:
@@ -198,6 +218,28 @@ def describe_overhead(rows: list[Row]) -> list[str]:
         body.append((model, row["variant"], measured(row["ms"]), "–" if row["variant"] == "bare" else extra, *optional))
     notes = dict.fromkeys(f"{row['model']}: {row['note']}." for row in rows if row["note"])
     return [prose(_OVERHEAD), markdown(header, body), *map(prose, notes)]
+
+
+def describe_offline(rows: list[Row]) -> list[str]:
+    """The table of extractions, with the notes on its models, and that of probes."""
+    extractions, probes = ([row for row in rows if row["part"] == part] for part in ("extraction", "probes"))
+    parts: list[str] = []
+    if extractions:
+        header = ("model", "samples", "variant", "tokens/s", "% of the bare forward")
+        body: list[tuple[str, ...]] = []
+        for row in extractions:
+            share, low, high = (f"{float(row[f'percent_{kind}']):.1f}" for kind in ("of_bare", "low", "high"))
+            model = f"{row['name']}, {int(row['states']) - 1} blocks"
+            samples = f"{row['samples']} × {int(row['tokens']):,} tokens"
+            percent = "–" if row["variant"] == "bare" else f"{share} ({low} to {high})"
+            body.append((model, samples, row["variant"], measured(row["tokens_per_second"]), percent))
+        notes = dict.fromkeys(f"{row['name']}: {row['note']}." for row in extractions if row["note"])
+        parts += [prose(_EXTRACTION, runs=extractions[0]["runs"]), markdown(header, body), *map(prose, notes)]
+    if probes:
+        names = ("states", "seeds", "samples", "features", "classes", "epochs")
+        body = [(*(f"{int(row[name]):,}" for name in names), measured(row["seconds"])) for row in probes]
+        parts += [prose(_PROBES), markdown((*names, "seconds"), body)]
+    return parts
 
 
 def one(case: Case) -> Row:

@@ -189,3 +189,83 @@ def test_the_overhead_of_a_step_is_shown(load, tmp_path: Path):
     assert "| GPTNeoX tiny, 3 blocks, 1,234 tokens | bare | 100 | – | – | 64 | 0 | – |" in lines
     assert "| GPTNeoX tiny, 3 blocks, 1,234 tokens | every 50th | – | -0.03 ± 0.01 | 65.5 | 64 | – | 512 |" in lines
     assert lines.count("GPTNeoX tiny: a note.") == 1
+
+
+def test_offline_analysis_is_measured_and_checked(tmp_path: Path):
+    done = run("offline.py", "--quick", "--out", tmp_path / "offline.csv")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read(tmp_path / "offline.csv")
+    assert [(row["name"], row["variant"], row["budget"]) for row in rows] == [
+        ("GPTNeoX tiny", "bare", ""),
+        ("GPTNeoX tiny", "without CKA", "95"),
+        ("GPTNeoX tiny", "with CKA", "90"),
+        ("Mamba2 tiny", "bare", ""),
+        ("Mamba2 tiny", "without CKA", ""),
+        ("Mamba2 tiny", "with CKA", ""),
+        ("probes, 3 states × 2 seeds", "", "10"),
+    ]
+    for row in rows:
+        assert row["checked"] == "yes" and 0 <= float(row["error_share_of_tolerance"]) <= 1
+        assert float(row["seconds"]) > 0
+    assert all(float(row["tokens_per_second"]) > 0 for row in rows[:-1])
+    assert list(rows[0])[-len(PROVENANCE) :] == PROVENANCE
+
+
+def test_offline_needs_a_gpu_or_to_be_quick():
+    done = run("offline.py")
+    assert done.returncode != 0 and "needs a CUDA GPU and found none; --quick" in done.stderr
+
+
+@pytest.fixture
+def tiny_extraction(load):
+    """The tiny model of the benchmark on a CPU, its case, and the choices of an extraction."""
+    extraction = load("_extraction")
+    case = extraction.QUICK_CASES[0]
+    options = import_module("repflow.monitor.offline.extraction").ExtractionOptions(batch_tokens=case.batch_tokens)
+    return extraction, extraction.load(case, torch.device("cpu")), case, options
+
+
+def test_a_wrong_extraction_gets_no_time(tiny_extraction, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    extraction, loaded, case, options = tiny_extraction
+    assert extraction.check(loaded, case, options, tmp_path / "right") <= 1
+    recorder = import_module("repflow.monitor.offline.recorder").StateRecorder
+    add = recorder._add
+
+    def slightly_wrong(self, captured):
+        captured.states[1:] *= 1 + 0.01 * torch.arange(captured.states.shape[2]).view(-1, 1)
+        add(self, captured)
+
+    calls = iter(range(10**6))
+    # The first forwards are those of the extraction, whose states are changed; those of the reference are not.
+    monkeypatch.setattr(recorder, "_add", lambda self, seen: (slightly_wrong if next(calls) < 2 else add)(self, seen))
+    with pytest.raises(RuntimeError, match=r"no time is shown, for these differ from the reference: .*norms"):
+        extraction.check(loaded, case, options, tmp_path / "wrong")
+
+
+def test_wrong_probes_get_no_time(load, monkeypatch: pytest.MonkeyPatch):
+    probes = load("_probes")
+    train = import_module("repflow.monitor.offline.probing").train_probes
+    assert probes.measure_probes(probes.QUICK_CASES[0], 1, torch.device("cpu"))["checked"] == "yes"
+
+    def of_other_features(take, *args, **options):
+        return train(lambda wanted: take(wanted).roll(1, 1), *args, **options)
+
+    monkeypatch.setattr("repflow.monitor.offline.probing.train_probes", of_other_features)
+    with pytest.raises(RuntimeError, match="no time is shown, for an accuracy is"):
+        probes.measure_probes(probes.QUICK_CASES[0], 1, torch.device("cpu"))
+
+
+def test_offline_analysis_is_shown(load, tmp_path: Path):
+    model = {"part": "extraction", "name": "Mamba2 tiny", "states": 3, "samples": 16, "tokens": 2048, "note": "a note"}
+    bare = {**model, "variant": "bare", "tokens_per_second": 98765.4, "percent_of_bare": 100.0, "runs": 5}
+    with_cka = {**bare, "variant": "with CKA", "tokens_per_second": 91234.5, "percent_of_bare": 92.37}
+    shares = {"percent_low": 91.0, "percent_high": 93.04}
+    probes = {"part": "probes", "states": 65, "seeds": 5, "samples": 20_000, "features": 2560, "classes": 11}
+    rows = [{**bare, **shares}, {**with_cka, **shares}, {**probes, "epochs": 150, "seconds": 4.321}]
+    load("_provenance").write_rows(tmp_path / "offline.csv", rows)
+    lines = load("table").performance_section(tmp_path).splitlines()
+    assert "| Mamba2 tiny, 2 blocks | 16 × 2,048 tokens | bare | 98,765 | – |" in lines
+    assert "| Mamba2 tiny, 2 blocks | 16 × 2,048 tokens | with CKA | 91,234 | 92.4 (91.0 to 93.0) |" in lines
+    assert "| 65 | 5 | 20,000 | 2,560 | 11 | 150 | 4.32 |" in lines
+    assert lines.count("Mamba2 tiny: a note.") == 1
+    assert all(len(line) <= 120 for line in lines if line[:1] != "|")

@@ -188,9 +188,7 @@ class _Problem:
 
     def train(self, features: Float[Tensor, "L N D"], numbers: list[int]) -> Float64[Tensor, "L seeds"]:
         """Accuracy on the samples of validation."""
-        x = features.to(self.device, torch.float32)
-        if x is features:
-            x = features.clone()
+        x = _float_copy(features, self.device)
         if not bool(x.isfinite().all()):
             bad = [number for number, state in zip(numbers, x, strict=True) if not bool(state.isfinite().all())]
             raise OfflineError(f"probes: expected finite features, found NaN or infinity in states {bad}")
@@ -253,6 +251,14 @@ class _Problem:
         labels = self.labels.view(1, -1, 1).expand(logits.shape[:3])
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none")
         return loss.view(labels.shape)
+
+
+def _float_copy(features: Float[Tensor, "L N D"], device: torch.device) -> Float[Tensor, "L N D"]:
+    """A copy in float32, widened on the device: what is moved there is as narrow as the features are."""
+    x = torch.empty(features.shape, dtype=torch.float32, device=device)
+    for state, given in zip(x, features, strict=True):  # one by one: no second copy of all on the device
+        state.copy_(given.to(device))
+    return x
 
 
 def _precondition(x: Float[Tensor, "L N D"]) -> None:
