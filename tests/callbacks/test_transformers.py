@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -368,8 +369,9 @@ def test_trials_of_a_hyperparameter_search(tmp_path) -> None:
     trainer = trainer_of(tmp_path, callback, model_init=lambda trial: Model())
     for rate in (1e-3, 1e-4):
         trainer.train(trial={"learning_rate": rate})
-    assert [path.name for path in files()] == ["search-trial-1.db", "search-trial-2.db"]
-    assert [open_run(path).attrs["attempt"] for path in files()] == [1, 1]
+    trainer.train(trial=SimpleNamespace(number=7))  # of Optuna, which goes on with a study: `BestRun.run_id`, `run-7/`
+    assert [path.name for path in files()] == [f"search-trial-{number}.db" for number in (0, 1, 7)]
+    assert [open_run(path).attrs["attempt"] for path in files()] == [1, 1, 1]
 
 
 def test_an_epoch_that_ends_in_the_middle_of_a_step(tmp_path) -> None:
