@@ -11,7 +11,6 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -363,13 +362,20 @@ def test_each_training_has_a_run_of_its_own(tmp_path) -> None:
     assert [open_run(path).step.size for path in files()] == [2, 2]
 
 
+class NumberedTrial(dict[str, float]):
+    """A trial that the search calls by a number."""
+
+    number = 7
+
+
 def test_trials_of_a_hyperparameter_search(tmp_path) -> None:
     """`hyperparameter_search` calls `train` with a trial, and each begins with a model of its own."""
     callback = RepresentationMonitorCallback(every_n_steps=6, name="search")
     trainer = trainer_of(tmp_path, callback, model_init=lambda trial: Model())
     for rate in (1e-3, 1e-4):
         trainer.train(trial={"learning_rate": rate})
-    trainer.train(trial=SimpleNamespace(number=7))  # of Optuna, which goes on with a study: `BestRun.run_id`, `run-7/`
+    # As a study of Optuna goes on, whose number `BestRun` and the folder of checkpoints have.
+    trainer.train(trial=NumberedTrial(learning_rate=1e-5))
     assert [path.name for path in files()] == [f"search-trial-{number}.db" for number in (0, 1, 7)]
     assert [open_run(path).attrs["attempt"] for path in files()] == [1, 1, 1]
 
