@@ -55,8 +55,8 @@ initialisation, and in the first steps, in which it learns how frequent each tok
 good reasons. With a longer warm-up of the learning rate, raise it.
 
 Every threshold is one for language models as they are trained usually, not a border that was proven: each section
-says where it comes from. "The models of `repflow demo`" are its small ones, which raise nothing; those of `--size medium`
-and `--size large`, which need a GPU, have not been measured for this.
+says where it comes from. "The models of `repflow demo`" are its small ones, which raise nothing; those of
+`--size medium` and `--size large`, which need a GPU, have not been measured for this.
 
 ## Choosing
 

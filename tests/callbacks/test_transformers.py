@@ -22,6 +22,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from repflow.callbacks import RepresentationMonitorCallback
 from repflow.monitor import MonitorConfig, RepflowWarning, open_run
+from repflow.monitor.signatures import DeadBlocks
 from repflow.monitor.sinks import RunFileSink
 from tests.callbacks.watching import Keep, hooks
 
@@ -299,6 +300,17 @@ class TestResume:
         run = open_run(path)
         assert run.step.values.tolist() == [0, 4, 8] and run.attrs["attempt"] == 2
         assert resumed.monitor is not None and resumed.monitor.run.name == path.stem
+
+    def test_what_was_raised_is_not_raised_again(self, tmp_path) -> None:
+        always = DeadBlocks(threshold=-1.0, release=-1.0, patience=1, warmup_steps=0)
+
+        def callback() -> RepresentationMonitorCallback:
+            return RepresentationMonitorCallback(every_n_steps=4, signatures=(always,))
+
+        self.resume(self.saved(tmp_path, callback()), callback())
+        run = open_run(files()[0])
+        assert run.attrs["attempt"] == 2 and run.step.values.tolist() == [0, 4, 8]
+        assert [alert["step"] for alert in json.loads(run.attrs["alerts"])] == [0]
 
     @pytest.mark.usefixtures("untyped")  # JSON has lists for tuples
     def test_a_callback_that_the_trainer_restores(self, tmp_path) -> None:
