@@ -207,11 +207,15 @@ class RepresentationMonitorCallback(TrainerCallback, ExportableState):
         return saved
 
     def _trial_name(self, state: TrainerState) -> str | None:
-        """The chosen name, with that of the trial in a hyperparameter search: each trial is a run of its own."""
+        """The chosen name, with that of the trial in a hyperparameter search: each trial is a run of its own.
+
+        A trial without a name has the number by which the search calls it, as Optuna does, or else its place.
+        """
         if self._choices.name is None or not state.is_hyper_param_search:
             return self._choices.name
+        number = getattr(getattr(self._trainer(), "_trial", None), "number", self._trials)
         self._trials += 1
-        return f"{self._choices.name}-{state.trial_name or f'trial-{self._trials}'}"
+        return f"{self._choices.name}-{state.trial_name or f'trial-{number}'}"
 
     def _cut_off(self) -> None:
         """Drop a step that has not ended."""

@@ -41,7 +41,9 @@ def documents_left_out(snapshot: Snapshot, sums: dict[str, Tensor]) -> str | Non
 
 
 def short_sequences(snapshot: Snapshot, sums: dict[str, Tensor], estimator: Estimator) -> str | None:
-    """Sequences too short for similarity or for CKA, and none that is not."""
+    """Sequences too short for similarity or for CKA, and none that is not; of NaN there is an alert, not this."""
+    if snapshot.nonfinite.any():
+        return None
     if snapshot.sequences == int(sums["short_sequences"]):
         needed, missing = 2, "similarity and CKA are"
     elif sums["hsic_short_groups"] > 0 and sums["hsic_groups"] == 0:

@@ -3,6 +3,9 @@
 import sys
 import warnings
 
+_INSIDE = ("repflow", "contextlib", "jaxtyping", "beartype")
+"""Packages whose lines tell nothing: also of what enters `with` blocks, and of what checks shapes in tests."""
+
 
 class RepflowWarning(RuntimeWarning):
     """Something could not be measured, stored or shown. Training is not affected."""
@@ -12,10 +15,17 @@ class AlertWarning(RepflowWarning):
     """A failure signature was seen in the representations: an `Alert`, in one line."""
 
 
-def warn(message: str, category: type[RepflowWarning] = RepflowWarning, stacklevel: int = 2) -> None:
-    """Warn, also where the user's filters turn warnings into exceptions: those must not reach the training loop."""
+def warn(message: str, category: type[RepflowWarning] = RepflowWarning) -> None:
+    """Warn, also where the user's filters turn warnings into exceptions: those must not reach the training loop.
+
+    The line that is shown with it is the first one outside of repflow, in the training loop: none of repflow's own
+    tells anything.
+    """
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
+        frame, level = frame.f_back, level + 1
     try:
-        warnings.warn(f"repflow: {message}", category, stacklevel=stacklevel + 1)
+        warnings.warn(f"repflow: {message}", category, stacklevel=level)
     except RepflowWarning as warning:
         print(f"{type(warning).__name__}: {warning}", file=sys.stderr)
 

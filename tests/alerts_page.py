@@ -41,8 +41,8 @@ that fails is left out with a warning: it never harms the run.
 | every logger, and Lightning's `callback_metrics` | `repflow/alerts/<name>`: 1 while the signature is raised, else 0 |
 | your code | `Snapshot.alerts`, those that a step raised; `Snapshot.signatures`, which are raised now |
 
-With several ranks all of them judge the same sums, and raise the same alerts. A checkpoint of the Lightning callback
-keeps what was raised, so that a resumed run does not repeat it; in other loops `monitor.state_dict()` and
+With several ranks all of them judge the same sums, and raise the same alerts. The checkpoints of
+both Trainers keep what was raised, so that a resumed run does not repeat it; in other loops `monitor.state_dict()` and
 `monitor.load_state_dict()` do that. A curve of zeros and ones can end a run:
 `EarlyStopping("repflow/alerts/nonfinite", divergence_threshold=0.5, patience=10**9)`.
 
@@ -55,7 +55,8 @@ initialisation, and in the first steps, in which it learns how frequent each tok
 good reasons. With a longer warm-up of the learning rate, raise it.
 
 Every threshold is one for language models as they are trained usually, not a border that was proven: each section
-says where it comes from.
+says where it comes from. "The models of `repflow demo`" are its small ones, which raise nothing; those of
+`--size medium` and `--size large`, which need a GPU, have not been measured for this.
 
 ## Choosing
 

@@ -48,8 +48,8 @@ ALERTS = {
 
 def pages() -> dict[str, str]:
     """File name -> text."""
-    layout = SumLayout(3, (0, 1))
-    kind: dict[str, Any] = dict(num_states=3, ssm_blocks=(0, 1), step=0, stream="blocks", overhead_ms=1.0)
+    layout = SumLayout(3, (0, 1), probe=True)
+    kind: dict[str, Any] = dict(num_states=3, ssm_blocks=(0, 1), probe=True, step=0, stream="blocks", overhead_ms=1.0)
     snapshot = Snapshot.from_sums(torch.ones(layout.size, dtype=torch.float64), **kind)
     return {f"{name}.md": page(name, definition, snapshot) for name, definition in DEFINITIONS.items()}
 

@@ -37,6 +37,8 @@ the keyboard alone. `repflow report` and `repflow watch` show the same figures. 
   first update. If the run was trained from scratch, that is random initialisation; a run file does not know. With
   `--baseline RUN`, the first snapshot of another run, such as the same model with random weights, stands beside them
   in grey.
+- **Drift** stands there for runs with a [probe batch](probe.md): CKA of each state with itself at the first
+  measurement, and at the one before.
 - **A − B** takes two runs apart: curves and matrices where both have as many blocks, else curves over relative depth,
   B interpolated linearly. CKA of different estimators is not compared.
 - **With the keyboard**, Tab goes from the slider to the lists, the definitions and the figures; in a figure the arrow

@@ -15,6 +15,8 @@ Floats = NDArray[np.float64]
 
 EXTREME_RATIO = 20.0
 """Values further apart than this are drawn on a logarithmic axis."""
+CLIPPED_SHARE = 0.2
+"""Share of the values of a clipped heatmap that shares the darkest colour."""
 
 
 def plotly_text(text: str) -> str:
@@ -55,6 +57,18 @@ def finite_range(values: Sequence[Floats], bounds: tuple[float, float] | None = 
     parts = [part[np.isfinite(part)] for part in values]
     found = np.concatenate([np.asarray(bounds or (), dtype=np.float64), *parts])
     return (float(found.min()), float(found.max())) if found.size else (0.0, 1.0)
+
+
+def upper_range(values: Sequence[Floats]) -> tuple[float, float]:
+    """The range of the upper `1 - CLIPPED_SHARE` of the values.
+
+    A few that are far below the others would otherwise leave one colour for all of those: adjacent cosines of a block
+    that rewrites the stream, often the first one; drift over the first steps.
+    """
+    _, high = finite_range([part.ravel() for part in values])
+    known = np.concatenate([part[np.isfinite(part)] for part in values])
+    low = float(np.quantile(known, CLIPPED_SHARE)) if known.size else 0.0
+    return min(low, high - 1e-3), high
 
 
 def shown_steps(runs: Sequence[Run]) -> tuple[float, float]:

@@ -87,6 +87,31 @@ DEFINITIONS = {
         "<code>cka_tokens</code>; compare values of one estimator only.",
         source="Section 3.3, Figure 4",
     ),
+    "drift_first": Definition(
+        title="Drift since the first measurement",
+        formula="HSIC(a, b) / √(HSIC(a, a) · HSIC(b, b)) of one state now (a) and at the first measurement (b): its "
+        "linear CKA with itself, the tokens of the probe batch as examples, HSIC summed over sequences.",
+        unit="dimensionless; biased 0 … 1, unbiased −1 … 1",
+        reading="1: the geometry of these tokens is what it was, up to rotation, shift and scale; 0: nothing is left "
+        "of it. A state that stays near 1 while others fall is one that training leaves as it was. Only where "
+        "<code>probe_batch</code> is given; it begins again with 1 in a run that resumes.",
+        advice="If no state leaves 1, check the learning rate, and that the weights are trained. If the first states "
+        "fall in fine-tuning, more is rewritten than the last layers: lower the learning rate, or freeze what should "
+        "stay.",
+        source="",
+    ),
+    "drift_previous": Definition(
+        title="Drift since the measurement before",
+        formula="HSIC(a, b) / √(HSIC(a, a) · HSIC(b, b)) of one state now (a) and at the measurement before (b): its "
+        "linear CKA with itself, the tokens of the probe batch as examples, HSIC summed over sequences.",
+        unit="dimensionless; biased 0 … 1, unbiased −1 … 1",
+        reading="A state that stays near 1 has settled. Low: it has moved much between two measurements, as early in "
+        "training. A sudden fall at all states from one depth on is a jump. Nothing is there at the first measurement.",
+        advice="If it falls suddenly, see the loss at that step and the first state that fell: clip gradients, or look "
+        "at the batches in between. If it does not rise towards the end, the learning rate has not decayed enough for "
+        "the states to settle.",
+        source="",
+    ),
     "v_loc": Definition(
         title="V_loc",
         formula="Mean over tokens, features and interior states of |h<sup>(l+1)</sup> − (h<sup>(l)</sup> + "

@@ -9,7 +9,7 @@ from repflow.monitor.report._axes import Floats
 from repflow.monitor.report._runs import Run
 from repflow.monitor.report._thin import FRAMES, rounded, spread
 
-CURVES = ("inter_token", "update_inter_token", "adjacent", "norms")
+CURVES = ("inter_token", "update_inter_token", "adjacent", "norms", "drift_first")
 QUANTILES = ("ssm_memory", "ssm_decay")
 UNIT = 1e-4
 """Cosines and CKA are stored as integers of this unit: four decimals in half the characters."""
@@ -34,7 +34,7 @@ def frames(run: Run) -> dict[str, Any]:
         "cka": [_triangle(matrix) for matrix in run.data["cka"].values[indices]],
         "tokens": [_integers(values[:, bins].T) for values in run.data["adjacent_tokens"].values[indices]],
         "positions": rounded(run.values("position")[bins], digits=6),
-        "curves": {name: rounded(run.data[name].values[indices], digits=5) for name in CURVES},
+        "curves": {name: rounded(run.data[name].values[indices], digits=5) for name in CURVES if name in run.data},
         "quantiles": {
             name: rounded(run.data[name].values[indices].swapaxes(1, 2)) for name in QUANTILES if name in run.data
         },

@@ -19,6 +19,11 @@ _STATES = {
     "hf": "as `output_hidden_states` of transformers: the last one after the final norm",
 }
 
+_BATCHES = {
+    "training batches": "of the training batches",
+    "probe batch": "of a probe batch: the same at every step",
+}
+
 
 def run_card(run: Run) -> str:
     """What one run is: model, blocks, what was measured how, versions on request."""
@@ -29,6 +34,7 @@ def run_card(run: Run) -> str:
         "blocks": f"{kinds}, in the order {escape(kind_pattern(run.kinds))}; {run.depth + 1} states of stream "
         f"“{escape(str(attrs['stream']))}”",
         "measured": _measured(run),
+        "tokens": escape(_BATCHES.get(str(attrs["measured"]), str(attrs["measured"]))),
         "states": escape(_STATES.get(str(attrs["states"]), str(attrs["states"]))),
         "CKA": f"{escape(str(attrs['cka_estimator']))} estimator",
         "first tokens left out": escape(str(run.config.get("skip_first_tokens", "not recorded"))),
@@ -67,6 +73,7 @@ def _span(values: Floats) -> str:
 def differences(runs: Sequence[Run]) -> list[str]:
     """Choices in which the runs differ and which forbid comparing their values outright, as HTML sentences."""
     choices = {
+        "kinds of batches": [str(run.data.attrs["measured"]) for run in runs],
         "CKA estimators": [str(run.data.attrs["cka_estimator"]) for run in runs],
         "conventions for states": [str(run.data.attrs["states"]) for run in runs],
         "numbers of first tokens left out": [str(run.config.get("skip_first_tokens")) for run in runs],

@@ -6,8 +6,9 @@ from itertools import chain
 import numpy as np
 
 from repflow.monitor.report import _text
-from repflow.monitor.report._axes import Floats, finite_range, shown_steps, value_axis
+from repflow.monitor.report._axes import finite_range, shown_steps, upper_range, value_axis
 from repflow.monitor.report._compare import compare_section
+from repflow.monitor.report._drift import drift_section
 from repflow.monitor.report._figures import depth_heatmap
 from repflow.monitor.report._frame_figures import cka_matrix, token_map
 from repflow.monitor.report._frames import frame_indices
@@ -18,9 +19,6 @@ from repflow.monitor.report._series import health_section, norms_section, scalar
 from repflow.monitor.report._ssm import ssm_section
 from repflow.monitor.report._thin import FRAMES
 
-CLIPPED_SHARE = 0.2
-"""Share of the adjacent-layer similarities that shares the darkest colour."""
-
 
 def build_sections(runs: Sequence[Run], baselines: Sequence[Run]) -> list[Section]:
     """All sections for runs that have at least one snapshot each."""
@@ -30,6 +28,7 @@ def build_sections(runs: Sequence[Run], baselines: Sequence[Run]) -> list[Sectio
         _updates(runs, baselines),
         _adjacent(runs, baselines, steps),
         _cka(runs),
+        drift_section(runs, steps),
         variation_section(runs, steps),
         norms_section(runs, baselines),
         ssm_section(runs),
@@ -80,7 +79,7 @@ def _updates(runs: Sequence[Run], baselines: Sequence[Run]) -> Section:
 def _adjacent(runs: Sequence[Run], baselines: Sequence[Run], steps: tuple[float, float]) -> Section:
     name, label = "adjacent", "cosine"
     values = [run.values(name) for run in runs]
-    colors = _upper_range(values)
+    colors = upper_range(values)
     maps = [
         depth_heatmap(run, part, over="block", label=label, color_range=colors, step_range=steps)
         for run, part in zip(runs, values, strict=True)
@@ -101,22 +100,11 @@ def _adjacent(runs: Sequence[Run], baselines: Sequence[Run], steps: tuple[float,
 
 def _tokens(runs: Sequence[Run]) -> Group:
     """The token × layer maps."""
-    colors = _upper_range([run.data["adjacent_tokens"].values[frame_indices(run)] for run in runs])
+    colors = upper_range([run.data["adjacent_tokens"].values[frame_indices(run)] for run in runs])
     legend = color_legend(colors, "Cosine", clipped=True) + kinds_legend(runs)
     panels = [Panel(title=run.label, figure=token_map(run, colors), run=run, follows=True) for run in runs]
     note = thinned(runs, FRAMES, "maps")
     return Group(name="position by depth at the chosen step", legend=legend, panels=panels, note=note)
-
-
-def _upper_range(values: Sequence[Floats]) -> tuple[float, float]:
-    """The range of the upper `1 - CLIPPED_SHARE` of the values.
-
-    A block that rewrites the stream, often the first one, would otherwise leave one colour for all others.
-    """
-    _, high = finite_range([part.ravel() for part in values])
-    known = np.concatenate([part[np.isfinite(part)] for part in values])
-    low = float(np.quantile(known, CLIPPED_SHARE)) if known.size else 0.0
-    return min(low, high - 1e-3), high
 
 
 def _cka(runs: Sequence[Run]) -> Section:

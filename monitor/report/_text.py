@@ -39,6 +39,12 @@ CKA = """
 unrelated. One token of large norm can decide it: see <a href="#health">Health</a>.</p>
 """
 
+DRIFT = """
+<p>How far each state has moved on the tokens of the probe batch, which are the same at every step. <strong>1</strong>:
+its geometry is what it was, up to rotation, shift and scale; <strong>0</strong>: nothing is left of it. Against the
+measurement before, the colours span the upper four fifths of the values found, for the first steps move most.</p>
+"""
+
 VARIATION = """
 <p>How sharply (V<sub>loc</sub>) and how far (V<sub>glob</sub>) the path through depth turns. Divided by the RMS of each
 token’s states they compare between runs.</p>

@@ -26,6 +26,8 @@ function stepsOf(pair) {
 
 const short = (value) => (value === null ? "n/a" : String(Number(value.toPrecision(4))));
 
+const nowhere = (a, b) => `no place where both ${a.name} and ${b.name} were measured`;
+
 /** One curve of A minus that of B, both given at places of their own. */
 function subtractCurves(figure, [a, b], [xs, ys], [otherXs, otherYs], label) {
   const others = xs.map((x) => interpolated(x, otherXs, otherYs));
@@ -38,7 +40,7 @@ function subtractCurves(figure, [a, b], [xs, ys], [otherXs, otherYs], label) {
   trace.hovertemplate = "%{customdata}<extra></extra>";
   trace.mode = xs.length > 60 ? "lines" : "lines+markers";
   trace.line = { color: color("ink"), width: 2 };
-  return trace.y.every((value) => value === null) ? `no place where both ${a.name} and ${b.name} were measured` : null;
+  return trace.y.every((value) => value === null) ? nowhere(a, b) : null;
 }
 
 function compareDepth(figure, [a, b]) {
@@ -95,6 +97,7 @@ function compareMatrices(figure, [a, b]) {
     trace.zmin = -trace.zmax;
   }
   Object.assign(trace, subtractMatrices(what, a, b));
+  if (isEmpty(trace)) return nowhere(a, b);
   trace.x = trace.z.length ? trace.z[0].map((_, column) => column) : [];
   trace.meta = { columns: trace.x.map((column) => `${what === "cka" ? "state" : "block"} ${column}`) };
   const row = what === "cka" ? "compared with state %{y}" : "position %{y:.2f} of the sequence";

@@ -12,6 +12,7 @@ function nearest(steps, wanted) {
 }
 
 const decoded = (row) => row.map((value) => (value === null ? null : value * UNIT));
+const isEmpty = ({ z }) => z.every((row) => row.every((value) => value === null));
 const stepText = (step) => `step ${step.toLocaleString("en")}`;
 
 /** The matrices of a frame: CKA, symmetric, stored as its lower triangle, and positions × blocks. */
@@ -72,7 +73,8 @@ function fill({ element, figure }) {
   const filler = figure.frame.what in matrices ? fillers.matrix : fillers[figure.frame.what];
   const step = filler(figure);
   element.dataset.step = step;
-  caption.textContent = stepText(step);
+  const [trace] = figure.data;
+  caption.textContent = stepText(step) + (trace.type === "heatmap" && isEmpty(trace) ? ", not measured" : "");
   return true;
 }
 

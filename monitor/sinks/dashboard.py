@@ -138,6 +138,8 @@ def _cka() -> "Section":
             _images("CKA of every pair of states", "cka"),
             _line("CKA of the first and the last state", "cka_first_last", range_y=(0, 1)),
             _lines("Share of one token in CKA", "hsic_top_token", range_y=(0, 1)),
+            _lines("Drift on the probe batch: CKA with the first measurement", "drift_first", range_y=(None, 1)),
+            _lines("Drift on the probe batch: CKA with the measurement before", "drift_previous", range_y=(None, 1)),
         ],
     )
 

@@ -46,6 +46,9 @@ _VARIABLES: dict[str, tuple[tuple[str, ...], str, str, str]] = {
     "sequences": ((), "i8", "sequences or documents measured", "sequences"),
 }
 
+_AT_A_TIME = 32
+"""Windows whose sums are laid out together."""
+
 
 def open_run(path: str | os.PathLike[str], *, window: int = 1, attempt: int | None = None) -> "xarray.Dataset":
     """Open a run file, also while the run is still writing to it.
@@ -134,12 +137,21 @@ def _of(file: RunFile, attempt: int) -> list[Record]:
     return sorted((record for record in file.records if record.attempt == attempt), key=lambda record: record.step)
 
 
-def _merge(window: Sequence[Record], attempts: Mapping[int, RunInfo], layout: SumLayout) -> Tensor:
-    """The sums of a window."""
-    sums = layout.zeros()
-    for record in window:
-        layout.merge_(sums, _laid_out(record.tensor(), attempts[record.attempt].layout, layout))
-    return sums
+def _values(
+    windows: Sequence[Sequence[Record]], attempts: Mapping[int, RunInfo], layout: SumLayout
+) -> dict[str, Tensor]:
+    """The values of every window. Few of their sums are there at a time, since these are most of a run file."""
+    sums = torch.empty(min(len(windows), _AT_A_TIME), layout.size, dtype=torch.float64)
+    parts: list[dict[str, Tensor]] = []
+    for start in range(0, max(len(windows), 1), _AT_A_TIME):
+        some = windows[start : start + _AT_A_TIME]
+        for row, (first, *others) in zip(sums, some, strict=False):
+            # By NumPy, whose copy takes one thread: PyTorch's wait for each other where the machine is busy training.
+            row.numpy()[:] = _laid_out(first.tensor(), attempts[first.attempt].layout, layout).numpy()
+            for record in others:
+                layout.merge_(row, _laid_out(record.tensor(), attempts[record.attempt].layout, layout))
+        parts.append(layout.values(sums[: len(some)]))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _laid_out(sums: Tensor, given: SumLayout, wanted: SumLayout) -> Tensor:
@@ -183,8 +195,7 @@ def _dataset(
     ssm_blocks = tuple(sorted({block for info in of for block in info.ssm_blocks}))
     layout = SumLayout(run.num_states, ssm_blocks, any(info.probe for info in of))
     coords = _coords(run, layout) | {"step": ("step", steps, {"long_name": "optimizer step", "units": "1"})}
-    sums = [_merge(window, attempts, layout) for window in windows]
-    values = layout.values(torch.stack(sums) if sums else layout.zeros().expand(0, -1))
+    values = _values(windows, attempts, layout)
     # interior states only: NaN at both ends
     ends = run.num_states - values["local_variance"].shape[-1]
     values["local_variance"] = pad(values["local_variance"], (min(ends, 1), max(ends - 1, 0)), value=np.nan)

@@ -22,6 +22,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from repflow.callbacks import RepresentationMonitorCallback
 from repflow.monitor import MonitorConfig, RepflowWarning, open_run
+from repflow.monitor.signatures import DeadBlocks
 from repflow.monitor.sinks import RunFileSink
 from tests.callbacks.watching import Keep, hooks
 
@@ -300,6 +301,17 @@ class TestResume:
         assert run.step.values.tolist() == [0, 4, 8] and run.attrs["attempt"] == 2
         assert resumed.monitor is not None and resumed.monitor.run.name == path.stem
 
+    def test_what_was_raised_is_not_raised_again(self, tmp_path) -> None:
+        always = DeadBlocks(threshold=-1.0, release=-1.0, patience=1, warmup_steps=0)
+
+        def callback() -> RepresentationMonitorCallback:
+            return RepresentationMonitorCallback(every_n_steps=4, signatures=(always,))
+
+        self.resume(self.saved(tmp_path, callback()), callback())
+        run = open_run(files()[0])
+        assert run.attrs["attempt"] == 2 and run.step.values.tolist() == [0, 4, 8]
+        assert [alert["step"] for alert in json.loads(run.attrs["alerts"])] == [0]
+
     @pytest.mark.usefixtures("untyped")  # JSON has lists for tuples
     def test_a_callback_that_the_trainer_restores(self, tmp_path) -> None:
         """It makes a new one, of what the checkpoint has of the old one's arguments."""
@@ -362,14 +374,22 @@ def test_each_training_has_a_run_of_its_own(tmp_path) -> None:
     assert [open_run(path).step.size for path in files()] == [2, 2]
 
 
+class NumberedTrial(dict[str, float]):
+    """A trial that the search calls by a number."""
+
+    number = 7
+
+
 def test_trials_of_a_hyperparameter_search(tmp_path) -> None:
     """`hyperparameter_search` calls `train` with a trial, and each begins with a model of its own."""
     callback = RepresentationMonitorCallback(every_n_steps=6, name="search")
     trainer = trainer_of(tmp_path, callback, model_init=lambda trial: Model())
     for rate in (1e-3, 1e-4):
         trainer.train(trial={"learning_rate": rate})
-    assert [path.name for path in files()] == ["search-trial-1.db", "search-trial-2.db"]
-    assert [open_run(path).attrs["attempt"] for path in files()] == [1, 1]
+    # As a study of Optuna goes on, whose number `BestRun` and the folder of checkpoints have.
+    trainer.train(trial=NumberedTrial(learning_rate=1e-5))
+    assert [path.name for path in files()] == [f"search-trial-{number}.db" for number in (0, 1, 7)]
+    assert [open_run(path).attrs["attempt"] for path in files()] == [1, 1, 1]
 
 
 def test_an_epoch_that_ends_in_the_middle_of_a_step(tmp_path) -> None:

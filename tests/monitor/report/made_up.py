@@ -34,6 +34,12 @@ def made_up_sums(layout: SumLayout, progress: float) -> torch.Tensor:
     part["global_variance"].fill_(tokens * (0.1 + 10 * progress))
     part["local_variance_relative"].fill_(tokens * 0.1)
     part["global_variance_relative"].fill_(tokens * 0.3)
+    if layout.probe:
+        # HSIC of now, the first and the last measurement: 1 on the diagonal, so that beside it stands CKA.
+        part["drift_hsic"][:] = torch.eye(3, dtype=torch.float64)
+        for earlier, pace in ((1, 0.6), (2, 0.1)):
+            moved = 1 - pace * progress * depth
+            part["drift_hsic"][:, 0, earlier] = part["drift_hsic"][:, earlier, 0] = moved
     part["hsic"][:] = torch.exp(-(depth[:, None] - depth).abs() * (0.5 + 3 * progress))
     part["fourth_moment"].fill_(1.0)
     part["fourth_moment_max"][:] = 0.05 + 0.3 * progress * depth
@@ -52,6 +58,7 @@ def make_info(
     block_name: str = "layers",
     estimator: str = "unbiased",
     ssm_blocks: Sequence[int] = (),
+    probe: bool = False,
 ) -> RunInfo:
     """A made-up run."""
     return RunInfo(
@@ -65,6 +72,7 @@ def make_info(
         config={"cka_estimator": estimator, "states": "residual", "skip_first_tokens": 0},
         versions={"repflow": "0.1.0"},
         ssm_blocks=tuple(ssm_blocks),
+        probe=probe,
     )
 
 
@@ -84,6 +92,7 @@ def snapshot(
         sums,
         num_states=info.num_states,
         ssm_blocks=info.ssm_blocks,
+        probe=info.probe,
         step=step,
         stream=info.stream,
         overhead_ms=20.0,

@@ -20,7 +20,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     write_run = partial(write_run_file, folder)
     runs = [
-        write_run("tbm", ["attention"] * 8, steps=range(0, 100, 10)),
+        write_run("tbm", ["attention"] * 8, steps=range(0, 100, 10), probe=True),
         write_run("hybrid", ["ssm", "ssm", "attention"] * 4, steps=range(0, 60, 15), ssm_blocks=[0, 1, 3, 4, 6, 7]),
     ]
     return write_report(runs, folder / "report.html")
@@ -29,7 +29,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_page_draws_everything_without_network_or_complaint(browser: Browser, page: Path):
     browser.open(page)
     plots = browser.all(".plot:not([hidden])")
-    assert len(plots) == 38
+    assert len(plots) == 42
     traces = ".heatmaplayer image, .scatterlayer .trace path"
     assert not [plot.get_attribute("id") for plot in plots if not plot.find_elements(By.CSS_SELECTOR, traces)]
     assert browser.requests() == [page.as_uri()]
@@ -85,6 +85,7 @@ def test_maps_curves_and_quantiles_follow_the_slider(browser: Browser, page: Pat
         "#adjacent-1-0": "data[0].z[63][7]",  # last position, last block
         "#inter-token-1-0": "data.find(({ meta }) => meta.run === 0).y.at(-1)",
         "#ssm-0-0": "data[1].error_y.array[0]",
+        "#drift-1-0": "data.find(({ meta }) => meta.run === 0).y.at(-1)",
     }
     browser.open(page)
     reading = "return document.querySelector(arguments[0])."
@@ -95,6 +96,7 @@ def test_maps_curves_and_quantiles_follow_the_slider(browser: Browser, page: Pat
     assert last[:2] == pytest.approx([1.0, 0.85], abs=1e-4)
     assert first[:2] == pytest.approx([0.8, 0.25], abs=1e-4)
     assert first[2] != last[2]
+    assert (first[3], last[3]) == (1.0, pytest.approx(0.4, abs=1e-4))
     start = "return document.querySelector('#inter-token-1-0').data.find(({ line }) => line.dash === 'dot').y.at(-1)"
     assert browser.run(start) == 0.25  # before the first update, whatever the step
 
@@ -110,6 +112,8 @@ HOVERS = {
     "#inter-token-0-0 .nsewdrag": ["step", "attention, layers.", "inter-token similarity 0."],
     "#adjacent-1-0 .nsewdrag": ["block 4", "position 0.49", "cosine 0."],
     "#cka-0-0 .nsewdrag": ["compared with state 4", "CKA 1"],
+    "#drift-0-0 .nsewdrag": ["step 50", "state 4, after block 3", "CKA with the first measurement 0."],
+    "#drift-2-0 .nsewdrag": ["step 50", "CKA with the measurement before 0."],
     "#variation-0-0 .point:nth-of-type(5)": ["tbm", "V_loc 0.", "stream units"],
     "#health-0-0 .point:nth-of-type(5)": ["Monitor overhead 20 ms"],
     "#ssm-0-0 .trace:nth-of-type(2) .point:nth-of-type(5)": ["block 6", "ssm", "median", "tokens", "half of all:"],

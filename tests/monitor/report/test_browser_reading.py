@@ -230,6 +230,28 @@ def test_runs_of_other_depth_are_compared_by_relative_depth_alone(opened: Browse
     assert opened.one("#compare-1-0").is_displayed()
 
 
+def test_where_one_run_has_nothing_the_matrices_say_so(browser: Browser, write_run, tmp_path: Path):
+    """As after all values have become NaN."""
+
+    def lost(parts, index):
+        if index == 2:
+            for name in ("hsic", "adjacent_tokens_count"):
+                parts[name].zero_()
+
+    browser.open(write_report([write_run("a"), write_run("b", change=lost)], tmp_path / "report.html"))
+    shown = "return [...document.querySelectorAll(arguments[0])].map(({ textContent }) => textContent)"
+    matrices = "#compare .group:nth-of-type(2)"
+    assert browser.run(shown, "#cka .shown") == ["step 20", "step 20, not measured"]
+    assert browser.run(shown, f"{matrices} .shown") == ["no place where both A and B were measured"] * 2
+    assert not browser.all(f"{matrices} .plot:not([hidden])")
+    browser.one("#step").send_keys(Keys.HOME)
+    browser.drawn()
+    assert browser.run(shown, "#cka .shown") == ["step 0", "step 0"]
+    assert browser.run(shown, f"{matrices} .shown") == ["step 0"] * 2
+    assert len(browser.all(f"{matrices} .plot:not([hidden])")) == 2
+    assert browser.complaints() == []
+
+
 def test_alerts_are_listed_and_marked_over_steps(browser: Browser, write_run, tmp_path: Path, alert_runs):
     later = ALERT | {"step": 10, "severity": "info", "title": "Layers repeat", "suggestion": "Prune <them>."}
     alert_runs({"a": [ALERT, later], "b": []})
@@ -246,4 +268,9 @@ def test_alerts_are_listed_and_marked_over_steps(browser: Browser, write_run, tm
         text = browser.hover(f"{place} {marks}:last-of-type")
         expected = ("Tokens collapse", "error in a, step 20", "rose to 0.85", "Lower the learning rate.")
         assert not [part for part in expected if part not in text], text
+    browser.open(page, width=390)
+    cells = (
+        "return [...document.querySelectorAll('#alerts tbody tr > *')].map((it) => it.getBoundingClientRect().right)"
+    )
+    assert max(browser.run(cells)) <= 390
     assert browser.complaints() == []

@@ -1,5 +1,6 @@
 """What the page holds beside its figures over steps: frames, alerts, baselines, definitions."""
 
+import json
 import re
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def load(*paths: Path, baselines: tuple[Path, ...] = ()) -> list[Run]:
 
 
 def test_frames_hold_what_the_run_file_holds(write_run):
-    path = write_run("a", ["ssm"] * 3, steps=range(0, 500, 10), ssm_blocks=[0, 2])
+    path = write_run("a", ["ssm"] * 3, steps=range(0, 500, 10), ssm_blocks=[0, 2], probe=True)
     (run,), data = load(path), open_run(path)
     indices, found = frame_indices(run), frames(run)
     assert found["steps"] == data["step"].values[indices].tolist()
@@ -127,6 +128,37 @@ def test_many_alerts_are_listed_up_to_a_limit(write_run, alert_runs):
     assert len(timeline([run], (0.0, 200.0))["data"][0]["x"]) == MAX_LISTED + 7
 
 
+def test_drift_is_shown_of_runs_with_a_probe_batch(write_run):
+    runs = load(write_run("training"), write_run("probe", probe=True))
+    alone, beside = (json.loads(render_content(shown).data)["figures"] for shown in (runs[1:], runs))
+    # Heatmaps and curves of the one run that has it, whatever stands beside it.
+    names = [f"drift-{name}" for name in ("0-0", "1-0", "1-1", "2-0")]
+    for figures in (alone, beside):
+        assert [name for name in figures if name.startswith("drift")] == names
+    first, last = (beside[f"drift-{group}-0"]["data"][0]["z"] for group in (0, 2))
+    np.testing.assert_allclose(first, runs[1].values("drift_first").T, rtol=1e-3)
+    np.testing.assert_allclose(last, runs[1].values("drift_previous").T, rtol=1e-3)
+    bodies = [render_content(shown).body for shown in (runs[:1], runs[1:], runs)]
+    assert ["Drift on the probe batch" in body for body in bodies] == [False, True, True]
+    assert ["of a probe batch: the same at every step" in body for body in bodies] == [False, True, True]
+    assert ["different kinds of batches (probe batch, training batches)" in body for body in bodies] == [
+        False,
+        False,
+        True,
+    ]
+
+
+def test_drift_that_was_not_measured_is_said(write_run):
+    """As without the metric `cka`."""
+
+    def nothing(parts, index):
+        parts["drift_hsic"].zero_()
+
+    content = render_content(load(write_run(probe=True, change=nothing)))
+    assert content.body.count("not measured</small>") == 2
+    assert json.loads(content.data)["figures"]["drift-0-0"]["data"][0]["z"][0] == [None] * 3
+
+
 def test_a_baseline_is_drawn_by_its_first_snapshot_beside_the_runs(write_run, tmp_path: Path):
     runs = load(write_run("trained", steps=(100, 200)), baselines=(write_run("random", steps=(0, 50)),))
     assert [(run.label, run.baseline) for run in runs] == [("trained", False), ("random", True)]
@@ -150,10 +182,10 @@ def test_an_output_that_is_a_baseline_is_refused(write_run):
 
 
 def test_every_quantity_of_a_run_file_has_a_definition(write_run):
-    data = open_run(write_run(ssm_blocks=[2]))
+    data = open_run(write_run(ssm_blocks=[2], probe=True))
     told_elsewhere = {"time", "tokens", "sequences", "loss", "local_variance", "ssm_nonfinite"}
     assert set(map(str, data.data_vars)) - told_elsewhere == set(DEFINITIONS)
-    content = render_content(load(write_run("a", ssm_blocks=[2]))).body
+    content = render_content(load(write_run("a", ssm_blocks=[2], probe=True))).body
     for name in DEFINITIONS:
         assert content.count(f'id="define-{name}"') == 1
 

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from typer.testing import CliRunner
 
 from repflow.monitor.cli import app
 from repflow.monitor.sinks import dashboard
 from repflow.monitor.sinks._keys import scalar_items
+from repflow.monitor.snapshot import SumLayout
 
 KEPT = Path(__file__).with_name("dashboard.json")
 
@@ -33,7 +35,9 @@ def test_the_specification_is_the_kept_one():
 
 
 def test_every_panel_shows_something_that_is_logged_and_every_scalar_is_shown(synthetic):
-    snapshot = synthetic.make_snapshot(0, 4)
+    layout = SumLayout(4, ssm_blocks=(0,), probe=True)
+    kind = {"ssm_blocks": layout.ssm_blocks, "probe": layout.probe}
+    snapshot = synthetic.make_snapshot(0, 4, sums=torch.ones(layout.size, dtype=torch.float64), **kind)
     snapshot.signatures["nonfinite"] = True
     logged, shown = set(scalar_items(snapshot)), set()
     spec = json.loads(dashboard.dashboard_spec(dashboard.build_dashboard("try")))
@@ -44,7 +48,7 @@ def test_every_panel_shows_something_that_is_logged_and_every_scalar_is_shown(sy
             assert config["xAxis"] == "repflow/step"
             pattern = config.get("metricRegex")
             keys = {key for key in logged if re.search(pattern, key)} if pattern else set(config["metrics"])
-            assert keys or "ssm" in pattern  # this run has no state-space blocks that are measured
+            assert keys
             shown |= keys
         elif panel["viewType"] == "Media Browser":
             assert set(config["mediaKeys"]) <= {"repflow/cka", "repflow/inter_token"}

@@ -11,6 +11,7 @@ import xarray
 
 from repflow.monitor import RepflowWarning
 from repflow.monitor.sinks import RunFileError, RunFileSink, open_run
+from repflow.monitor.sinks.open_run import _AT_A_TIME
 from repflow.monitor.snapshot import RunInfo, Snapshot, SumLayout
 
 
@@ -41,6 +42,16 @@ def test_every_value_comes_back_bit_by_bit(tmp_path, synthetic, write, assert_ho
     for row, step in enumerate(range(0, 70, 10)):
         assert_holds(run.isel(step=row), synthetic.make_snapshot(step, num_states))
     assert np.all((before <= run["time"]) & (run["time"] <= time.time()))
+
+
+def test_a_long_run_is_read_in_parts(tmp_path, synthetic, write, assert_holds):
+    """More windows than are laid out at a time, and a last part that is not full."""
+    steps = range(0, 700, 10)
+    assert len(steps) > 2 * _AT_A_TIME and len(steps) % _AT_A_TIME
+    run = open_run(write(tmp_path / "a.db", steps, 3))
+    assert run["step"].values.tolist() == list(steps)
+    for row, step in enumerate(steps):
+        assert_holds(run.isel(step=row), synthetic.make_snapshot(step, 3))
 
 
 def test_dims_dtypes_coords_and_attributes(tmp_path, write):
