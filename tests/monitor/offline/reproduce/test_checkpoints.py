@@ -115,7 +115,7 @@ def test_a_damaged_cache_is_measured_again(models: Path, tmp_path: Path):
     (place / "extraction" / "000000.pt").write_bytes(b"nothing")
     (tmp_path / "figure2.json").write_text("{")
     with pytest.warns(RuntimeWarning, match="is damaged"):
-        assert "44 prompts" in reproduce(*arguments).output
+        assert "44 prompts" in reproduce(*arguments)
     assert (tmp_path / "figure2.csv").read_bytes() == whole
 
 
@@ -134,7 +134,7 @@ def test_a_length_beyond_the_window_is_skipped_and_said(models: Path, tmp_path: 
     output = reproduce(
         *("table2", "--init", "--model", models / "gpt_neo", "--length", "64", "--length", "1K"),
         *("--no-pictures", "-o", tmp_path),
-    ).output
+    )
     assert "skipped 1,024 tokens: the model's window is 512" in output
     written = result(tmp_path, "table2")
     assert {(row["task"], row["length"]) for row in written.rows} == {("random_ids", 64), ("mean", 64)}
