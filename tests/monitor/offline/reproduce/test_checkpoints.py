@@ -139,3 +139,16 @@ def test_a_length_beyond_the_window_is_skipped_and_said(models: Path, tmp_path: 
     written = result(tmp_path, "table2")
     assert {(row["task"], row["length"]) for row in written.rows} == {("random_ids", 64), ("mean", 64)}
     assert written.about["comparison"] == [] and len(written.about["skipped"]) == 1
+
+
+def test_models_of_one_name_are_told_apart(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By their paths, whose slashes names on the hub have too."""
+    monkeypatch.chdir(tmp_path)
+    for folder, kind in (("one", "gpt_neox"), ("two", "gpt_neo")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model").symlink_to(models / kind)
+    reproduce("figure4", "table1", "--model", "one/model", "--model", "two/model", *trained(models), "--task", "kvpr",
+              "-o", "out")  # fmt: skip
+    assert {row["model"] for row in result(tmp_path / "out", "table1").rows} == {"one/model", "two/model"}
+    assert {"one/model/kvpr/300", "two/model/mean/300"} <= result(tmp_path / "out", "figure4").arrays.keys()
+    assert (tmp_path / "out" / "table1.svg").exists()
