@@ -12,7 +12,7 @@ from repflow.monitor.offline.reproduce.claims import Curve
 from repflow.monitor.offline.reproduce.options import ReproduceOptions
 from repflow.monitor.offline.reproduce.paper import compare_curves, compare_matrices
 from repflow.monitor.offline.reproduce.targets import Target
-from repflow.monitor.offline.reproduce.work import plain, slug
+from repflow.monitor.offline.reproduce.work import plain
 from repflow.monitor.offline.reproduce.written import Result, Row
 
 
@@ -63,7 +63,7 @@ def about(target: Target, options: ReproduceOptions, depths: Depths) -> dict[str
 
 def key_of(depth: Depth) -> str:
     """A name for one measurement, also of its arrays."""
-    return f"{slug(depth.model)}/{depth.task}/{depth.length}"
+    return f"{depth.model}/{depth.task}/{depth.length}"
 
 
 def pretrained_rows(depths: Sequence[Depth], updates: bool) -> list[dict[str, Any]]:
@@ -130,7 +130,7 @@ def _cka(target: str, found: list[Depth]) -> tuple[list[Row], dict[str, np.ndarr
             arrays[key_of(depth)] = depth.extraction.snapshot.cka.float().numpy()
             rows += _cka_rows(depth)
         means[model] = np.mean([arrays[key_of(depth)] for depth in group], axis=0)
-        arrays[f"{slug(model)}/mean/{length}"] = means[model]
+        arrays[f"{model}/mean/{length}"] = means[model]
     return rows, arrays, compare_matrices(target, means)
 
 

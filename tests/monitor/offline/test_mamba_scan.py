@@ -39,7 +39,9 @@ def test_the_bias_of_rates():
     x, dt, B, C = torch.randn(1, 3, 9), torch.randn(1, 3, 9), torch.randn(1, 2, 9), torch.randn(1, 2, 9)
     A, bias = -torch.rand(3, 2), torch.randn(3)
     biased = chunked_scan(x, dt, A, B, C, delta_bias=bias, delta_softplus=True)
-    assert torch.allclose(biased, chunked_scan(x, dt + bias[:, None], A, B, C, delta_softplus=True))
+    expected = chunked_scan(x, dt + bias[:, None], A, B, C, delta_softplus=True)
+    assert isinstance(biased, Tensor) and isinstance(expected, Tensor)
+    assert torch.allclose(biased, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from click.testing import Result
 from typer.testing import CliRunner
 
 from repflow.monitor.cli import app
@@ -21,11 +20,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def reproduce(*arguments: str | Path) -> Result:
-    """`repflow reproduce`, which must do what it is asked for."""
+def reproduce(*arguments: str | Path) -> str:
+    """What `repflow reproduce` prints, which must do what it is asked for."""
     result = CliRunner().invoke(app, ["reproduce", *map(str, arguments)])
     assert result.exit_code == 0, result.output
-    return result
+    return result.output
 
 
 def trained(models: Path, *kinds: str) -> list[str | Path]:
@@ -62,5 +61,5 @@ def page(drawn: Path, checkpoints: Path, tmp_path_factory: pytest.TempPathFactor
     for source in (checkpoints, drawn):
         assert not [*source.glob("*.png"), *source.glob("*.svg")]  # --no-pictures
         shutil.copytree(source, folder, ignore=shutil.ignore_patterns("work"), dirs_exist_ok=True)
-    assert reproduce("report", folder).output.replace("\n", "") == str(folder / "report.html")
+    assert reproduce("report", folder).replace("\n", "") == str(folder / "report.html")
     return folder / "report.html"

@@ -115,7 +115,7 @@ def test_a_damaged_cache_is_measured_again(models: Path, tmp_path: Path):
     (place / "extraction" / "000000.pt").write_bytes(b"nothing")
     (tmp_path / "figure2.json").write_text("{")
     with pytest.warns(RuntimeWarning, match="is damaged"):
-        assert "44 prompts" in reproduce(*arguments).output
+        assert "44 prompts" in reproduce(*arguments)
     assert (tmp_path / "figure2.csv").read_bytes() == whole
 
 
@@ -134,8 +134,21 @@ def test_a_length_beyond_the_window_is_skipped_and_said(models: Path, tmp_path: 
     output = reproduce(
         *("table2", "--init", "--model", models / "gpt_neo", "--length", "64", "--length", "1K"),
         *("--no-pictures", "-o", tmp_path),
-    ).output
+    )
     assert "skipped 1,024 tokens: the model's window is 512" in output
     written = result(tmp_path, "table2")
     assert {(row["task"], row["length"]) for row in written.rows} == {("random_ids", 64), ("mean", 64)}
     assert written.about["comparison"] == [] and len(written.about["skipped"]) == 1
+
+
+def test_models_of_one_name_are_told_apart(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By their paths, whose slashes names on the hub have too."""
+    monkeypatch.chdir(tmp_path)
+    for folder, kind in (("one", "gpt_neox"), ("two", "gpt_neo")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model").symlink_to(models / kind)
+    reproduce("figure4", "table1", "--model", "one/model", "--model", "two/model", *trained(models), "--task", "kvpr",
+              "-o", "out")  # fmt: skip
+    assert {row["model"] for row in result(tmp_path / "out", "table1").rows} == {"one/model", "two/model"}
+    assert {"one/model/kvpr/300", "two/model/mean/300"} <= result(tmp_path / "out", "figure4").arrays.keys()
+    assert (tmp_path / "out" / "table1.svg").exists()

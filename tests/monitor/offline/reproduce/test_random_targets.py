@@ -76,14 +76,14 @@ def test_a_stopped_run_goes_on(models: Path, tmp_path: Path):
     (tmp_path / "figure3.json").unlink()
     with pytest.warns(RuntimeWarning, match="line 2 is damaged; it is measured again"):
         result = reproduce(*arguments)
-    assert "gpt_neo, seed 0: 2 streams" in result.output
+    assert "gpt_neo, seed 0: 2 streams" in result
     assert (tmp_path / "figure3.csv").read_bytes() == whole
     again = reproduce(*arguments)
-    assert "figure3: is there already" in again.output and "streams" not in again.output
+    assert "figure3: is there already" in again and "streams" not in again
     store.unlink()
-    assert "3 streams" in reproduce(*arguments, "--force").output
+    assert "3 streams" in reproduce(*arguments, "--force")
     assert "2 streams" in reproduce(*arguments[:-3], "--policy", "trivial", "--scheme", "xavier", "--scheme", "kaiming",
-                                    *arguments[-3:]).output  # fmt: skip
+                                    *arguments[-3:])  # fmt: skip
 
 
 def test_a_model_whose_window_is_too_small_is_said(models: Path, tmp_path: Path):
@@ -91,7 +91,7 @@ def test_a_model_whose_window_is_too_small_is_said(models: Path, tmp_path: Path)
         *("figure5", "--init", "--model", models / "gpt_neo", "--model", models / "mamba", "--length", "600"),
         *("--seeds", "1", "--scheme", "gaussian", "--policy", "scheme", "--no-pictures", "-o", tmp_path),
     )
-    assert "skipped 600 tokens: the model's window is 512" in result.output
+    assert "skipped 600 tokens: the model's window is 512" in result
     about = json.loads((tmp_path / "figure5.json").read_text())
     assert about["skipped"] == ["gpt_neo: skipped 600 tokens: the model's window is smaller"]
     assert list(about["models"]) == ["mamba"]
