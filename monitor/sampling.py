@@ -91,8 +91,8 @@ def select(batch: tuple[int, int], max_tokens: int, *, seed: int, step: int, for
     generator = torch.Generator("cpu").manual_seed(_mix(seed, step, forward))
     chosen = None if keep == rows else _as_slice(_draw(keep, rows, generator))
     if tokens <= max_tokens:
-        few = isinstance(chosen, Tensor) and keep <= _FEW_ROWS
-        return Selection(chosen, None, (keep, tokens), tuple(chosen.tolist()) if few else None)
+        few = tuple(chosen.tolist()) if isinstance(chosen, Tensor) and keep <= _FEW_ROWS else None
+        return Selection(chosen, None, (keep, tokens), few)
     return Selection(chosen, _draw(max_tokens, tokens, generator), (keep, max_tokens))
 
 

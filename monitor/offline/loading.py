@@ -1,6 +1,7 @@
 """Models and tokenizers: from the Hugging Face hub by name, from a folder, or a model from its configuration alone."""
 
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -163,6 +164,16 @@ def window_of(config: Any) -> int | None:
     """Most tokens that a model of this configuration was made for; None if it names no such number."""
     window = getattr(config.get_text_config(), "max_position_embeddings", None)
     return window if isinstance(window, int) and window > 0 else None
+
+
+def scan_of(model: Module) -> str | None:
+    """What runs the scans of a model's state spaces: `mamba_ssm`, which transformers calls where it is installed.
+
+    Or `transformers`, whose own code is much slower: Mamba's loops over tokens. None for a model that scans nothing.
+    """
+    if not any(hasattr(module, "A_log") for module in model.modules()):
+        return None
+    return "mamba_ssm" if importlib.util.find_spec("mamba_ssm") is not None else "transformers"
 
 
 def _pretrained(name: str, revision: str | None, dtype: Any, device_map: Any) -> Any:

@@ -20,8 +20,7 @@ from repflow.monitor.offline.initialisation import (
     norms_as,
     role_of,
 )
-from repflow.monitor.offline.loading import LoadedModel, load_config, load_model, window_of
-from repflow.monitor.offline.mamba_scan import parallel_scan
+from repflow.monitor.offline.loading import LoadedModel, load_config, load_model, scan_of, window_of
 from repflow.monitor.offline.recorder import StateRecorder
 from repflow.monitor.snapshot import Snapshot
 
@@ -99,7 +98,6 @@ class RandomModel:
             for leaf, parameter in module.named_parameters(recurse=False)
             if role_of(module, f"{name}.{leaf}", parameter) in VECTOR_ROLES
         }
-        self._scan = self._stack.enter_context(parallel_scan(loaded.model))
         self._recorder = self._stack.enter_context(StateRecorder(loaded.model, metrics=("inter_token",)))
         self._ids = random_ids(loaded.vocabulary, sequences=self._sequences, tokens=self._tokens, seed=self._seed).to(
             loaded.device
@@ -162,7 +160,7 @@ class RandomModel:
             "sequences": self._sequences,
             "parameters": self._drawn[1],
             "blocks": sorted({block.kind for block in self._recorder.stream.blocks}),
-            "scan": self._scan,
+            "scan": scan_of(model),
             "float32_products": torch.get_float32_matmul_precision(),
         }
         return RandomStream(

@@ -35,7 +35,9 @@ def test_everything_is_taken_without_a_copy() -> None:
     assert select((4, 8), 32, seed=0, step=0, forward=0).take(values) is values
 
 
-@pytest.mark.parametrize(("batch", "budget"), [((4, 8), 32), ((9, 8), 41), ((40, 8), 160), ((4, 8), 16), ((4, 8), 8), ((4, 8), 5)])
+@pytest.mark.parametrize(
+    ("batch", "budget"), [((4, 8), 32), ((9, 8), 41), ((40, 8), 160), ((4, 8), 16), ((4, 8), 8), ((4, 8), 5)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_copied_as_taken(batch, budget, dtype) -> None:
     """Rows first or behind another dimension, into the same dtype or a wider one."""

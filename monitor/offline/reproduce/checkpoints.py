@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,7 @@ from repflow.monitor.offline import BeyondWindowError, OfflineError
 from repflow.monitor.offline.batching import pad
 from repflow.monitor.offline.extracted import Extraction
 from repflow.monitor.offline.extraction import ExtractionOptions, extract
-from repflow.monitor.offline.loading import LoadedModel, load_config, load_model, load_tokenizer, window_of
-from repflow.monitor.offline.mamba_scan import parallel_scan
+from repflow.monitor.offline.loading import LoadedModel, load_config, load_model, load_tokenizer, scan_of, window_of
 from repflow.monitor.offline.memory import free_memory
 from repflow.monitor.offline.processes import Processes
 from repflow.monitor.offline.random_streams import random_ids
@@ -87,25 +85,25 @@ def measure_depths(
     depths = Depths()
     for name in options.model_names:
         window = window_of(load_config(name))
-        with _Lender(options, name) as lender:
-            for length in lengths:
-                try:
-                    shared_window(length, window)
-                except BeyondWindowError as error:
-                    depths.skipped.append(f"{name}: {error}")
-                    console.print(Text(depths.skipped[-1], style="yellow"), soft_wrap=True)
-                    continue
-                for task in options.prompt_tasks:
-                    depths.found.append(_measured(options, name, task, length, lender, processes, console))
+        lender = _Lender(options, name)
+        for length in lengths:
+            try:
+                shared_window(length, window)
+            except BeyondWindowError as error:
+                depths.skipped.append(f"{name}: {error}")
+                console.print(Text(depths.skipped[-1], style="yellow"), soft_wrap=True)
+                continue
+            for task in options.prompt_tasks:
+                depths.found.append(_measured(options, name, task, length, lender, processes, console))
+        del lender
         free_memory()
     return depths
 
 
-class _Lender(ExitStack):
-    """A model that is loaded when it is first asked for, and given back in the end."""
+class _Lender:
+    """A model that is loaded when it is first asked for."""
 
     def __init__(self, options: ReproduceOptions, name: str) -> None:
-        super().__init__()
         self._load: Callable[[], LoadedModel] = lambda: load_model(
             name,
             init=options.init,
@@ -116,13 +114,11 @@ class _Lender(ExitStack):
         self._tokenizer = options.tokenizer or name
         self._loaded: LoadedModel | None = None
         self._encoder: PromptEncoder | None = None
-        self.scan: str | None = None
 
     @property
     def model(self) -> LoadedModel:
         if self._loaded is None:
             self._loaded = self._load()
-            self.scan = self.enter_context(parallel_scan(self._loaded.model))
         return self._loaded
 
     @property
@@ -190,7 +186,7 @@ def _measured(
         np.save(folder / _MAP, _token_map(loaded, samples, options), allow_pickle=False)
         told = {
             "blocks": sorted({block.kind for block in find_residual_stream(loaded.model).blocks}),
-            "scan": lender.scan,
+            "scan": scan_of(lender.model.model),
             "device_name": device_name(loaded.device.type),
             "versions": versions(),
         }

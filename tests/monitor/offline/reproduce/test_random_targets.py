@@ -53,7 +53,7 @@ def test_every_choice_is_stated(drawn: Path):
     expected = {
         "protocol": "random_ids", "states": "residual", "tokens": 64, "sequences": 1, "dtypes": ["float32"],
         "weights": "random", "embeddings": "scheme", "positions": "scheme",
-        "protected": "A_log, D, dt_bias, dt_proj.bias", "scan": "chunked",
+        "protected": "A_log, D, dt_bias, dt_proj.bias", "scan": "transformers",
         "float32_products": "highest", "device": "cpu", "blocks": ["ssm"],
     }  # fmt: skip
     assert expected.items() <= stated.items()
