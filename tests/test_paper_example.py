@@ -148,7 +148,7 @@ def test_the_scan_is_the_recurrence(tokens: int):
 
 @pytest.mark.parametrize(("family", "mixers"), [("ssm", 3), ("hybrid", 2)])
 def test_training_computes_what_transformers_does(family: str, mixers: int):
-    models = import_module("_models")
+    models = import_module("_variants")
     model = models.build(family, "trained", models.TINY, 64, 0).eval()
     for name, parameter in model.named_parameters():  # not what they start at, which hides what they do
         if name.endswith((".D", "dt_bias", "conv1d.bias", "norm.weight")):
@@ -162,7 +162,7 @@ def test_training_computes_what_transformers_does(family: str, mixers: int):
 
 
 def test_without_norms_only_the_mean_is_taken_away(tmp_path: Path):
-    models = import_module("_models")
+    models = import_module("_variants")
     model = models.build("transformer", "none", models.TINY, 64, 0).eval()
     ids = torch.randint(0, 64, (2, 40))
     model.save_pretrained(tmp_path)
@@ -177,7 +177,7 @@ def test_without_norms_only_the_mean_is_taken_away(tmp_path: Path):
 
 
 def test_families_have_alike_many_parameters():
-    models = import_module("_models")
+    models = import_module("_variants")
     with torch.device("meta"):
         built = [models.build(family, "trained", models.FULL, 4096, 0) for family in models.FAMILIES]
     sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in built]

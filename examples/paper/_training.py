@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from _corpus import Corpus
 from _kvpr import PairWriter, Rows
-from _models import TOKENS
+from _variants import TOKENS
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import cross_entropy

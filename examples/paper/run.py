@@ -19,7 +19,7 @@ from queue import Queue
 
 import _corpus
 import torch
-from _models import Norms, variant_name
+from _variants import Norms, variant_name
 
 HERE = Path(__file__).resolve().parent
 _TRAINED: tuple[tuple[str, Norms], ...] = (
