@@ -22,9 +22,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded; read when
 import _corpus
 import torch
 from _kvpr import EVALUATION_SEED, judge_retrieval
-from _variants import FAMILIES, FULL, LEARNING_RATES, TINY, TOKENS, build, variant_name
 from _ssd import train_by_products
 from _training import CURRICULUM, Batches, Clock, Point, train, write_curve
+from _variants import FAMILIES, FULL, LEARNING_RATES, TINY, TOKENS, build, variant_name
 from torch.nn.functional import cross_entropy
 
 import repflow
