@@ -31,6 +31,8 @@ from repflow.triton_kernels.groups import Groups
 
 _ANY = -2.0
 """Below every similarity."""
+_SHARED = 64 * 2**10
+"""Bytes of shared memory for what a program loads ahead."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +44,27 @@ class Settings:
     tokens: int
     """BT, of a tile."""
     warps: int
-    stages: int = 3
     span: int = 32
     """Most tokens of a piece, whose sum in float32 must stay short."""
     programs: int = 528
     """How many programs the groups are cut into, if there are tokens enough: four for each multiprocessor."""
 
 
+    def stages(self, token_bytes: int) -> int:
+        """How many tiles are loaded ahead, within the shared memory of two programs of a multiprocessor.
+
+        Args:
+            token_bytes: that a feature of a token takes in all that is loaded.
+        """
+        return max(1, min(3, 1 + _SHARED // (self.tokens * self.features * token_bytes)))
+
+
 def choose_settings(features: int) -> Settings:
-    """The settings of a shape class: 32 features of a token and 64 numbers of a tile for each thread."""
+    """The settings of a shape class: 32 features of a token for each thread, and two tokens where registers allow."""
     width = max(64, power_of_2(features))
     warps = min(32, max(1, width // 1024))
-    return Settings(width, tokens=max(1, min(16, 64 * 32 * warps // width)), warps=warps)
+    held = 64 if warps <= 8 else 32
+    return Settings(width, tokens=max(1, min(16, held * 32 * warps // width)), warps=warps)
 
 
 def similarity_gradient(
@@ -95,7 +106,7 @@ def _sums(
     unit_sum_kernel[(pieces.count,)](
         state, valid, order, begin, first, group, sums, counts, row_tokens, *strides, pieces.chunks, pieces.span,
         D=features, BD=settings.features, BT=settings.tokens, ALIGN=align, HAS_MASK=tokens.valid is not None,
-        DOCUMENTS=documents, STAGES=settings.stages, num_warps=settings.warps,
+        DOCUMENTS=documents, STAGES=settings.stages(state.element_size()), num_warps=settings.warps,
     )  # fmt: skip
     unit_sum, count = empty(groups, features), empty(groups, dtype=torch.int64)
     squares = empty(groups, blocks, dtype=torch.float64)
@@ -128,12 +139,13 @@ def _gradient(
     gradient = torch.empty(state.shape, dtype=state.dtype, device=state.device)
     norms = torch.empty(2, rows * chunks, dtype=torch.float32, device=state.device)
     align, (state_strides, onto_strides) = _common_strides(state, state if onto is None else onto)
+    loaded = state.element_size() * (1 if onto is None else 2) + 4 * documents
     index = mask.index.contiguous() if documents and isinstance(mask, Groups) else coefficient
     gradient_kernel[(rows * chunks,)](
         state, state if onto is None else onto, coefficient if tokens.valid is None else tokens.valid, index, unit_sum,
         coefficient, gradient, norms, rows * row_tokens, row_tokens, *state_strides, *onto_strides, chunks, span,
         D=features, BD=settings.features, BT=settings.tokens, ALIGN=align, HAS_MASK=tokens.valid is not None,
-        HAS_ONTO=onto is not None, DOCUMENTS=documents, STAGES=settings.stages, num_warps=settings.warps,
+        HAS_ONTO=onto is not None, DOCUMENTS=documents, STAGES=settings.stages(loaded), num_warps=settings.warps,
     )  # fmt: skip
     return gradient, norms.sum(1, dtype=torch.float64)
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from repflow.triton_kernels._cohesion_kernels import _token
-from repflow.triton_kernels._depth_kernels import is_finite, token_offset
+from repflow.triton_kernels._depth_kernels import is_finite, only_if, token_offset
 
 _TINY = tl.constexpr(1e-24)
 _HUGE = tl.constexpr(1e36)
@@ -130,9 +130,11 @@ def group_sum_kernel(
     known = feature < D
     total = tl.zeros([BD], tl.float64)
     number = tl.zeros([1], tl.int64)
+    source = sums + piece.to(tl.int64) * D + feature
     for at in tl.range(piece, end, loop_unroll_factor=4):
-        total += tl.load(sums + at.to(tl.int64) * D + feature, mask=known, other=0.0).to(tl.float64)
+        total += tl.load(source, mask=known, other=0.0).to(tl.float64)
         number += tl.load(counts + at).to(tl.int64)
+        source += D
     group = group.to(tl.int64)
     tl.store(unit_sum + group * D + feature, total.to(tl.float32), mask=known)
     tl.store(squares + group * tl.num_programs(1) + block, tl.sum(total * total, axis=0))
@@ -231,7 +233,7 @@ def gradient_kernel(
             )
         elif HAS_MASK:
             counts = inside & (tl.load(valid + n, mask=inside, other=0) != 0)
-        counts = counts & (c != 0)
+        counts = only_if(c != 0, counts)
         loaded = _load_tokens(state, n, counts, feature, row_tokens, stride_b, stride_t, D, ALIGN)
         unit, inverse, scale, directed = _unit_vectors(loaded, counts)
         along = tl.sum(unit * s, axis=1)

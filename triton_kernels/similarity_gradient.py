@@ -20,7 +20,7 @@ class SimilarityGradient(NamedTuple):
     similarity: Float64[Tensor, ""]
     """Mean over the groups of two tokens and more; NaN without any."""
     onto_square: Float64[Tensor, ""]
-    """‖onto‖²; 0 without."""
+    """‖onto‖²; 0 without. Kernels square in float32."""
     added_square: Float64[Tensor, ""]
     """‖what was added‖²."""
 

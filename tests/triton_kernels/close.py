@@ -49,4 +49,5 @@ def assert_similarity_gradient(
     excess = (one - other).abs() - 2e-6 * size - rounding
     assert not bool((excess > 0).any()), excess.nan_to_num(0.0).max()
     for index in (2, 3):
-        torch.testing.assert_close(got[index], want[index], rtol=1e-4, atol=1e-11 * float(size.square().sum()))
+        if 1e-30 < float(want[index]) < 1e30:  # they are squares in float32
+            torch.testing.assert_close(got[index], want[index], rtol=1e-4, atol=1e-11 * float(size.square().sum()))
