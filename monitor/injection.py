@@ -28,7 +28,7 @@ class Injections:
     """
 
     def __init__(self, *, resident: bool) -> None:
-        self._order = torch.zeros(1, device="cpu") if resident else None
+        self._resident = resident
         self._handles: list[RemovableHandle] = []
 
     def on_exit(
@@ -65,8 +65,9 @@ class Injections:
 
     def _add(self, module: Module, hook: "_Hook", push: Push) -> None:
         number = next(_NUMBERS)
-        hook.push, hook.order = push, self._order
-        hook.marker = None if self._order is None else torch.tensor([number], device="cpu")
+        hook.push = push
+        # The number as a tensor: blocks that share one graph differ in what they feed it.
+        hook.marker = torch.tensor([number], device="cpu") if self._resident else None
         _HOOKS[number] = hook
         self._handles.append(module.register_forward_hook(hook))
 
@@ -81,7 +82,6 @@ class _Hook:
     """A hook that stays with its module: a copy of the model does not take it along."""
 
     push: Push
-    order: Tensor | None
     marker: Tensor | None
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -104,7 +104,7 @@ class _Injection(_Hook):
         tensors = self.select(output)
         if self.marker is None or not tensors[0].requires_grad:
             return None
-        return _replaced(output, _TracedInject.apply(self.marker, self.order, *tensors))
+        return _replaced(output, _TracedInject.apply(self.marker, *tensors))
 
 
 @no_type_check
@@ -121,7 +121,7 @@ class _LossInjection(_Hook):
             return None
         if self.marker is None:
             return None
-        (loss,) = _TracedInject.apply(self.marker, self.order, loss)
+        (loss,) = _TracedInject.apply(self.marker, loss)
         if isinstance(output, Tensor | tuple):
             return _replaced(output, (loss,))
         output["loss"] = loss
@@ -170,18 +170,18 @@ class _TracedInject(torch.autograd.Function):
     """The same, of which a compiler sees an operator in the backward, and nothing behind that."""
 
     @staticmethod
-    def forward(ctx, marker, order, *tensors):
+    def forward(ctx, marker, *tensors):
         ctx.save_for_backward(*tensors)
-        ctx.marker, ctx.order = marker, order
+        ctx.marker = marker
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
     def backward(ctx, *gradients):
         tensors = [tensor.detach() for tensor in ctx.saved_tensors]
-        return None, None, *torch.ops.repflow.push(list(gradients), tensors, ctx.marker, ctx.order)
+        return None, *torch.ops.repflow.push(list(gradients), tensors, ctx.marker)
 
 
-def _push_in_graph(gradients: list[Tensor], tensors: list[Tensor], marker: Tensor, order: Tensor) -> list[Tensor]:
+def _push_in_graph(gradients: list[Tensor], tensors: list[Tensor], marker: Tensor) -> list[Tensor]:
     hook = _HOOKS.get(int(marker))
     changed = tuple(gradients) if hook is None else hook.push(None, tuple(gradients), tuple(tensors))
     return [
@@ -192,10 +192,10 @@ def _push_in_graph(gradients: list[Tensor], tensors: list[Tensor], marker: Tenso
 
 _TAGS = [torch.Tag.pt2_compliant_tag, *filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)])]
 _LIBRARY = torch.library.Library("repflow", "FRAGMENT")
-_LIBRARY.define("push(Tensor[] gradients, Tensor[] tensors, Tensor marker, Tensor(a!) order) -> Tensor[]", tags=_TAGS)
+_LIBRARY.define("push(Tensor[] gradients, Tensor[] tensors, Tensor marker) -> Tensor[]", tags=_TAGS)
 _LIBRARY.impl("push", _push_in_graph, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "repflow::push",
-    lambda gradients, tensors, marker, order: [torch.empty(g.shape, dtype=g.dtype, device=g.device) for g in gradients],
+    lambda gradients, tensors, marker: [torch.empty(g.shape, dtype=g.dtype, device=g.device) for g in gradients],
     lib=_LIBRARY,
 )

@@ -192,8 +192,8 @@ class Regularizer:
         for depth, module in enumerate(stream.ancestors):
             self._taps.on_masks(module, functools.partial(run, weakly(self._enter), depth))
         first = stream.blocks[0]
-        begin = functools.partial(run, weakly(self._begin), first.module)
-        self._taps.on_entry(first.module, first.reader.entry, begin)
+        self._first_block = first.module
+        self._taps.on_entry(first.module, first.reader.entry, functools.partial(run, weakly(self._begin)))
         self._taps.arm()
         if self._loss_scale is None:
             self._injections.on_loss(stream.ancestors[0], self._follow_own, self._note_in_graph)
@@ -204,12 +204,12 @@ class Regularizer:
             outer = self._entry[1] if self._entry is not None and self._entry[0] < depth else CallMasks()
             self._entry = depth, read()[1].within(outer)
 
-    def _begin(self, module: Module, read: Read[Tensor]) -> None:
+    def _begin(self, read: Read[Tensor]) -> None:
         """The first block is called: a forward begins."""
         if _in_backward():
             return
         entry, self._entry = self._entry, None
-        if module.training and read()[0]:
+        if self._first_block.training and read()[0]:
             self._pending.append(TrainedForward(CallMasks() if entry is None else entry[1], len(self.layers)))
 
     def _left(self, index: int, tensors: tuple[Tensor, ...]) -> TrainedForward:

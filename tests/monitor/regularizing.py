@@ -20,7 +20,7 @@ def model(dtype: torch.dtype = torch.float64, **options: Any) -> toy.Toy:
     torch.manual_seed(5)
     made = toy.Toy(**options)
     with torch.no_grad():
-        made.embed.weight += 0.5
+        made.embed.weight += 1.0
     for module in made.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -277,7 +277,7 @@ def test_the_similarity_falls_into_the_band() -> None:
         found = regularizer.metrics
         strengths.append([float(found[f"repflow/regularizer/strength/state_{layer:02}"]) for layer in LAYERS])
         similarities.append([float(found[f"repflow/regularizer/similarity/state_{layer:02}"]) for layer in LAYERS])
-    assert min(similarities[0]) > 0.5 and strengths[0] == [0, 0]
+    assert min(similarities[0]) > 0.3 and strengths[0] == [0, 0]
     assert all(0 < strength <= 20 for strength in strengths[-1])
     assert max(similarities[-1]) < 0.22
     assert all(float(found[f"repflow/regularizer/gradient_ratio/state_{layer:02}"]) >= 0 for layer in LAYERS)
