@@ -204,6 +204,7 @@ class RepresentationRegularizer(Base):
         trainer = None if self._trainer is None else self._trainer()
         if trainer is not None and control.should_log:
             trainer.log({key: float(value) for key, value in self.metrics.items()})
+            control.should_log = True  # the Trainer's own values are still to come
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Leave the model as it was. Lightning has a hook of this name too, and calls `teardown` after it."""

@@ -102,7 +102,7 @@ class Regularizer:
             raise ValueError(f"`follow`: expected a loss of one number with a gradient, got {list(loss.shape)}")
         forwards = list(self._pending)
         for forward in forwards:
-            forward.followed = True
+            forward.depth = -1
         loss.register_hook(functools.partial(_note, forwards))
 
     def step(self) -> dict[str, Tensor]:
@@ -195,8 +195,9 @@ class Regularizer:
         self._first_block = first.module
         self._taps.on_entry(first.module, first.reader.entry, functools.partial(run, weakly(self._begin)))
         self._taps.arm()
-        if self._loss_scale is None:
-            self._injections.on_loss(stream.ancestors[0], self._follow_own, self._note_in_graph)
+        for depth, module in enumerate(stream.ancestors if self._loss_scale is None else ()):
+            follow, note = (functools.partial(call, depth) for call in (self._follow_own, self._note_in_graph))
+            self._injections.on_loss(module, follow, note)
 
     def _enter(self, depth: int, read: Read[ToldMasks]) -> None:
         """A module that contains the blocks is called."""
@@ -236,14 +237,14 @@ class Regularizer:
             )
         return self._pending[0]
 
-    def _follow_own(self, loss: Tensor) -> None:
-        """The model returns a loss: that of the last forward, unless another is followed."""
+    def _follow_own(self, depth: int, loss: Tensor) -> None:
+        """A module around the blocks returns a loss: that of the last forward."""
         if self._pending and not _in_backward():
-            loss.register_hook(functools.partial(_note_own, self._pending[-1]))
+            loss.register_hook(functools.partial(_note_own, self._pending[-1], depth))
 
-    def _note_in_graph(self, gradient: Tensor) -> None:
-        """The gradient of the loss that a compiled model returns."""
-        _note_own(self._only_forward(0), gradient)
+    def _note_in_graph(self, depth: int, gradient: Tensor) -> None:
+        """The gradient of the loss that a compiled module returns."""
+        _note_own(self._only_forward(0), depth, gradient)
 
     def _push(
         self, index: int, forward: object, gradients: tuple[Tensor, ...], tensors: tuple[Tensor, ...]
@@ -375,8 +376,10 @@ def _note(forwards: list[TrainedForward], gradient: Tensor) -> None:
         forward.scale = gradient.detach().reshape(())
 
 
-def _note_own(forward: TrainedForward, gradient: Tensor) -> None:
-    if not forward.followed:
+def _note_own(forward: TrainedForward, depth: int, gradient: Tensor) -> None:
+    """The loss of the outermost module is the one, unless another is followed."""
+    if depth < forward.depth:
+        forward.depth = depth
         _note([forward], gradient)
 
 

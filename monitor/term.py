@@ -61,8 +61,8 @@ class TrainedForward:
     """Layers whose gradient has not come back."""
     scale: Tensor | None = None
     """The gradient of its loss, once that is known."""
-    followed: bool = False
-    """Whether that is the one that `follow` was told."""
+    depth: int = 1 << 30
+    """Of the module that returned that loss, from the outermost one; −1: it was given to `follow`."""
     _groups: Groups | Bool[Tensor, "B T"] | None = None
     _known: bool = False
 
