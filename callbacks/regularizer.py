@@ -28,6 +28,9 @@ else:
     LightningModule = Trainer = Any
 
 
+_CONTROLLED = DualAscent()
+
+
 class RepresentationRegularizer(Base):
     """Trains a model with λ · max(0, InterSim^(l) − target) on chosen layers beside its loss.
 
@@ -60,7 +63,8 @@ class RepresentationRegularizer(Base):
         target: the similarity above which the term acts, in [−1, 1].
         layers: the states h^(l) it acts on, l = 1 … L, numbered as those of a monitor; negative ones count from the
             last; or "all".
-        strength: λ: a number, a function of the optimizer step, or a `DualAscent` that moves the λ of each layer.
+        strength: λ: a number, a function of the optimizer step, or a `DualAscent` that moves the λ of each layer, as
+            the default does.
         term: "similarity"; or "contrastive", the mean over pairs of tokens of max(0, cos − target), which takes n².
         loss_scale: for a loop of one's own: what its loss is multiplied with before backward, such as 1/4 for the mean
             over four micro-batches; None: it is seen.
@@ -81,7 +85,7 @@ class RepresentationRegularizer(Base):
         target: float,
         layers: Sequence[int] | Literal["all"],
         *,
-        strength: Strength = DualAscent(),
+        strength: Strength = _CONTROLLED,
         term: Term = "similarity",
         loss_scale: LossScale | None = None,
         blocks: str | Sequence[Module] | None = None,
@@ -113,14 +117,18 @@ class RepresentationRegularizer(Base):
         """
         return self._attach(model, self._loss_scale)
 
-    def follow(self, loss: Tensor) -> None:
+    def follow(self, loss: Tensor, *, mask: Tensor | None = None) -> None:
         """Scale the term as this loss is until backward; for a loss that the model does not return itself.
+
+        Args:
+            loss: of all forwards since the last backward.
+            mask: `[B, T]`, attention mask or document numbers, in place of the one that the model received.
 
         Raises:
             ValueError: a loss that is not one number with a gradient.
             RuntimeError: not attached.
         """
-        self._attached().follow(loss)
+        self._attached().follow(loss, mask=mask)
 
     def step(self) -> None:
         """End an optimizer step, on all ranks: λ moves. Waits for no device.
@@ -156,7 +164,7 @@ class RepresentationRegularizer(Base):
     @property
     def state_key(self) -> str:
         """Tells several regularizers of one trainer apart in checkpoints."""
-        return self._generate_state_key(layers=self._options["layers"], stream=self._options["stream"])
+        return f"{type(self).__qualname__}{ {name: self._options[name] for name in ('layers', 'stream', 'blocks')} }"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers. `setup` would be too early: models may only be built after it."""
@@ -245,5 +253,7 @@ class RepresentationRegularizer(Base):
 
     def _attached(self) -> Regularizer:
         if self._engine is None:
-            raise RuntimeError(f"`{type(self).__name__}`: expected to be attached to a model; call `attach(model)` first")
+            raise RuntimeError(
+                f"`{type(self).__name__}`: expected to be attached to a model; call `attach(model)` first"
+            )
         return self._engine

@@ -82,6 +82,7 @@ class _Hook:
     """A hook that stays with its module: a copy of the model does not take it along."""
 
     push: Push
+    __call__: Callable[..., Any]
     marker: Tensor | None
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -160,8 +161,12 @@ class _Inject(torch.autograd.Function):
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "`RepresentationRegularizer`: expected a backward without create_graph=True: the term has no second "
+                "derivative; call `detach` before gradients of gradients"
+            )
         return None, None, *ctx.push(ctx.forward_pass, gradients, ctx.saved_tensors)
 
 

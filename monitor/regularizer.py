@@ -92,8 +92,12 @@ class Regularizer:
         self._taps, self._injections = Taps(resident=resident), Injections(resident=resident)
         self._tap(found, resident)
 
-    def follow(self, loss: Tensor) -> None:
+    def follow(self, loss: Tensor, *, mask: Tensor | None = None) -> None:
         """Let the term be scaled as `loss` is from here to backward; for a loss that the model does not return.
+
+        Args:
+            loss: of all forwards since the last backward.
+            mask: `[B, T]`, attention mask or document numbers, in place of the one that the model received.
 
         Raises:
             ValueError: a loss that is not one number with a gradient.
@@ -103,6 +107,8 @@ class Regularizer:
         forwards = list(self._pending)
         for forward in forwards:
             forward.depth = -1
+            if mask is not None:
+                forward.masks = CallMasks(mask)
         loss.register_hook(functools.partial(_note, forwards))
 
     def step(self) -> dict[str, Tensor]:
@@ -186,8 +192,8 @@ class Regularizer:
     def _tap(self, stream: ResidualStream, resident: bool) -> None:
         """Hooks on the model keep the regularizer alive: it acts until `remove`, whoever holds it."""
         for index, block in enumerate(self.blocks):
-            check, push = (functools.partial(call, index) for call in (self._left, self._push))
-            self._injections.on_exit(block.module, functools.partial(_tensors_of, block.reader), check, push)
+            select, push = functools.partial(_tensors_of, block.reader), functools.partial(self._push, index)
+            self._injections.on_exit(block.module, select, functools.partial(self._left, index), push)
         run = outside_graphs(_call, resident=resident)
         for depth, module in enumerate(stream.ancestors):
             self._taps.on_masks(module, functools.partial(run, weakly(self._enter), depth))
@@ -389,4 +395,3 @@ def _call(call: Callable[..., None], *args: Any) -> None:
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
-

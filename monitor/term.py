@@ -66,10 +66,8 @@ class TrainedForward:
     _groups: Groups | Bool[Tensor, "B T"] | None = None
     _known: bool = False
 
-    def groups(
-        self, state: Float[Tensor, "B T D"], room: int, sums: Sums
-    ) -> Groups | Bool[Tensor, "B T"] | None:
-        """Which tokens belong together. On a GPU an integer mask is not waited for: there is room for some documents."""
+    def groups(self, state: Float[Tensor, "B T D"], room: int, sums: Sums) -> Groups | Bool[Tensor, "B T"] | None:
+        """Which tokens belong together. A GPU is not waited for: for an integer mask there is room for documents."""
         if not self._known:
             rows, tokens, _ = state.shape
             masks = self.masks.of_flat_tokens() if rows == 1 else self.masks

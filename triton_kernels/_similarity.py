@@ -49,7 +49,6 @@ class Settings:
     programs: int = 528
     """How many programs the groups are cut into, if there are tokens enough: four for each multiprocessor."""
 
-
     def stages(self, token_bytes: int) -> int:
         """How many tiles are loaded ahead, within the shared memory of two programs of a multiprocessor.
 

@@ -1,6 +1,6 @@
 # Triton's language is typed for its compiler, not for pyright.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 """Kernels behind `similarity_gradient`. `_similarity.py` launches them.
 
 Letters: N = B·T tokens, D features, G groups, P pieces that the groups are cut into, F blocks of features. A program
@@ -10,7 +10,6 @@ holds whole tokens, BD ≥ D features of each. Strides come divided by ALIGN.
 import triton
 import triton.language as tl
 
-from repflow.triton_kernels._cohesion_kernels import _token
 from repflow.triton_kernels._depth_kernels import is_finite, only_if, token_offset
 
 _TINY = tl.constexpr(1e-24)

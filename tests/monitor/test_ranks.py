@@ -197,4 +197,6 @@ def test_a_regularizers_controller_is_the_same_on_all_ranks(ranks: Results) -> N
 
 def test_a_regularizer_refuses_tensor_parallel_models(ranks: Results) -> None:
     for results in ranks:
-        assert "'blocks.0.linear.weight' is sharded by more than FSDP" in results["regularized, tensor parallel"]["said"]
+        assert (
+            "'blocks.0.linear.weight' is sharded by more than FSDP" in results["regularized, tensor parallel"]["said"]
+        )

@@ -6,13 +6,13 @@ from torch import Tensor
 
 from repflow.triton_kernels import similarity_gradient
 from repflow.triton_kernels._dispatch import force, use_triton
-from repflow.triton_kernels.groups import find_groups
+from repflow.triton_kernels.groups import Groups, find_groups
 from tests.triton_kernels.close import assert_similarity_gradient
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
 
 
-def check(state: Tensor, mask: Tensor | None, **options) -> None:
+def check(state: Tensor, mask: Tensor | Groups | None, **options) -> None:
     with force("triton"):
         assert use_triton(state.unsqueeze(0))
         got = similarity_gradient(state, mask, **options)
