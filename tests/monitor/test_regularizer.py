@@ -283,8 +283,8 @@ def test_without_a_term_training_is_the_same_to_the_bit(options: dict[str, float
 def collapse(strength: Any) -> tuple[list[float], list[float]]:
     """Similarity and λ of the last state in 150 steps of a loss that draws all tokens to one point."""
     net, seen = regularizing.model(torch.float32), []
-    net.blocks[2].register_forward_hook(lambda module, args, output: seen.append(output))
     regularizer = attached(net, layers=[3], target=0.3, strength=strength, loss_scale=1.0)
+    net.blocks[2].register_forward_hook(lambda module, args, output: seen.append(output))
     optimizer, values = torch.optim.SGD(net.parameters(), 0.5), []
     for step in range(150):
         net(toy.batch(3, 10, step))
