@@ -10,7 +10,8 @@ from torch.nn import Module
 
 from repflow._imports import LIGHTNING, PYTORCH_LIGHTNING, TRANSFORMERS
 from repflow.monitor import Monitor
-from repflow.monitor.regularizer import LossScale, Regularizer, Term, check_choices
+from repflow.monitor.regularizer import LossScale, Regularizer
+from repflow.monitor.regularizer_checks import Term, check_choices
 from repflow.monitor.strength import DualAscent, Strength
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ class RepresentationRegularizer(Base):
         }  # fmt: skip
         self._loss_scale, self._monitor = loss_scale, monitor
         self._engine: Regularizer | None = None
-        self._resumed: dict[str, Any] = {}
+        self._resumed: dict[str, Any] = {}  # what to begin with
+        self._last: dict[str, Any] = {}  # what ended
         self._trainer: Any = None
 
     @property
@@ -131,7 +133,7 @@ class RepresentationRegularizer(Base):
         self._attached().follow(loss, mask=mask)
 
     def step(self) -> None:
-        """End an optimizer step, on all ranks: λ moves. Waits for no device.
+        """End an optimizer step, on all ranks: λ moves. Waits for no more than the step before.
 
         Raises:
             RuntimeError: not attached, or no gradient has come back through a layer since the last step.
@@ -141,19 +143,20 @@ class RepresentationRegularizer(Base):
     def detach(self) -> None:
         """Leave the model as it was. May be called more than once."""
         if self._engine is not None:
-            self._resumed = self._engine.state_dict()
+            self._last = self._engine.state_dict()
             self._engine.remove()
         self._engine = self._trainer = None
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, in plain values: the number of steps, and λ of each layer."""
-        return dict(self._resumed) if self._engine is None else self._engine.state_dict()
+        return dict(self._resumed or self._last) if self._engine is None else self._engine.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`, before `attach` or after."""
-        self._resumed = dict(state_dict)
-        if self._engine is not None and self._resumed:
-            self._engine.load_state_dict(self._resumed)
+        """Go on from a `state_dict`: at the next `attach`, or at once."""
+        if self._engine is None:
+            self._resumed = dict(state_dict)
+        elif state_dict:
+            self._engine.load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy does not take what acts on the model along."""
@@ -171,7 +174,8 @@ class RepresentationRegularizer(Base):
         from repflow.callbacks._loss_scales import lightning_scale
 
         scale = self._loss_scale if self._loss_scale is not None else lightning_scale(trainer, pl_module)
-        self._attach(pl_module, scale)
+        compiled = getattr(pl_module, "_compiler_ctx", None) is not None  # the trainer passes on what is inside
+        self._attach(pl_module, scale, compiled=compiled)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: object) -> None:
         """End the step: all micro-batches have been through backward."""
@@ -197,6 +201,11 @@ class RepresentationRegularizer(Base):
         from repflow.callbacks._loss_scales import transformers_scale
         from repflow.callbacks.transformers import _training
 
+        if args.restore_callback_states_from_checkpoint:
+            raise ValueError(
+                f"`{type(self).__name__}`: expected restore_callback_states_from_checkpoint=False, since a checkpoint "
+                "cannot hold all of its choices; λ is resumed all the same"
+            )
         self.detach()
         self._resumed = self._saved(state)
         self._trainer = _training()
@@ -232,8 +241,9 @@ class RepresentationRegularizer(Base):
         records = kept.setdefault(type(self).__name__, self.state())
         if not state.global_step:
             return {}
-        every = [record["attributes"]["_resumed"] for record in (records if isinstance(records, list) else [records])]
-        return next((saved for saved in reversed(every) if saved), {})
+        own = self.state()["args"]
+        every = records if isinstance(records, list) else [records]
+        return next((record["attributes"]["_resumed"] for record in every if record["args"] == own), {})
 
     def _attach(
         self, model: Module, loss_scale: LossScale | None, *, compiled: bool = False
@@ -244,6 +254,7 @@ class RepresentationRegularizer(Base):
         self._engine = Regularizer(model, loss_scale=loss_scale, monitor=monitor, compiled=compiled, **self._options)
         if self._resumed:
             self._engine.load_state_dict(self._resumed)
+        self._resumed = {}
         return self
 
     def _found_monitor(self) -> Monitor | None:

@@ -4,26 +4,26 @@ Unlike the monitor it changes what is trained. So nothing is caught here: every 
 """
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
 
+from repflow.monitor.block_state import as_returned, state_of, tensors_of
+from repflow.monitor.delivery import Ready, copy_to_host
 from repflow.monitor.injection import Injections
 from repflow.monitor.masks import CallMasks, ToldMasks
 from repflow.monitor.monitor import Monitor
-from repflow.monitor.readers import FIRST_TENSOR, HIDDEN_PLUS_RESIDUAL, Reader
+from repflow.monitor.regularizer_checks import Term, check_choices, check_model, existing_layers, of_parallel
 from repflow.monitor.residual_stream import ResidualStream, find_residual_stream
-from repflow.monitor.strength import DualAscent, Strength, checked_number, checked_strength
+from repflow.monitor.strength import DualAscent, Strength, checked_number
 from repflow.monitor.taps import Read, Taps, is_compiled, outside_graphs
-from repflow.monitor.term import Sums, TrainedForward, is_parallel_over_tokens, term_gradient
+from repflow.monitor.term import Sums, TrainedForward, term_gradient
 from repflow.monitor.weakly import weakly
 
-Term = Literal["similarity", "contrastive"]
 LossScale = float | Callable[[torch.device], Tensor | float]
 """What the loss has been multiplied with when backward runs, or a function that gives it, on a device."""
 
@@ -73,9 +73,9 @@ class Regularizer:
     ) -> None:
         check_choices(type(self).__name__, target, layers, strength, term)
         found = find_residual_stream(model, blocks, stream=stream)
-        self.layers = _existing_layers(layers, found)
+        self.layers = existing_layers(layers, found)
         self.blocks = tuple(found.blocks[layer - 1] for layer in self.layers)
-        _check_model(model, found)
+        check_model(model, found)
         self._target, self._strength, self._term = float(target), strength, term
         self._loss_scale, self._monitor, self._room = loss_scale, monitor, max_documents
         self._group = process_group
@@ -85,7 +85,7 @@ class Regularizer:
         self._sums = Sums(len(self.layers), device)
         self._entry: tuple[int, CallMasks] | None = None
         self._pending: list[TrainedForward] = []
-        self._overflow: Tensor | None = None  # of the step before
+        self._overflow: tuple[Tensor, Ready | None] | None = None  # of the step before
         self.metrics: dict[str, Tensor] = {}
         """What the last step measured: similarity, strength and gradient ratio of each layer, on the device."""
         resident = compiled or is_compiled(model)
@@ -112,7 +112,7 @@ class Regularizer:
         loss.register_hook(functools.partial(_note, forwards))
 
     def step(self) -> dict[str, Tensor]:
-        """End an optimizer step, on all ranks: λ moves, `metrics` are those of this step. Waits for no device.
+        """End an optimizer step, on all ranks: λ moves, `metrics` are those of this step. Waits for the one before.
 
         Raises:
             RuntimeError: no backward has reached a layer since the last step, or documents were left out before.
@@ -125,7 +125,8 @@ class Regularizer:
                 "optimizer step, and choose layers whose states carry a gradient"
             )
         self._check_overflow()
-        similarity, ratio, self._overflow = self._sums.take(self._group)
+        similarity, ratio, left_out = self._sums.take(self._group)
+        self._overflow = copy_to_host(left_out) if left_out.is_cuda else (left_out, None)
         self.metrics = {
             f"repflow/regularizer/{name}/state_{layer:02}": values[index]
             for name, values in (("similarity", similarity), ("strength", self._multiplier), ("gradient_ratio", ratio))
@@ -192,7 +193,7 @@ class Regularizer:
     def _tap(self, stream: ResidualStream, resident: bool) -> None:
         """Hooks on the model keep the regularizer alive: it acts until `remove`, whoever holds it."""
         for index, block in enumerate(self.blocks):
-            select, push = functools.partial(_tensors_of, block.reader), functools.partial(self._push, index)
+            select, push = functools.partial(tensors_of, block.reader), functools.partial(self._push, index)
             self._injections.on_exit(block.module, select, functools.partial(self._left, index), push)
         run = outside_graphs(_call, resident=resident)
         for depth, module in enumerate(stream.ancestors):
@@ -223,8 +224,8 @@ class Regularizer:
         """A chosen block has returned: to which forward that belongs."""
         block = self.blocks[index]
         if any(hasattr(tensor, "placements") for tensor in tensors):
-            raise ValueError(_of_parallel(f"'{block.name}' returns a DTensor"))
-        if not tensors[0].requires_grad:
+            raise ValueError(of_parallel(f"'{block.name}' returns a DTensor"))
+        if not any(tensor.requires_grad for tensor in tensors):
             raise RuntimeError(
                 f"`RepresentationRegularizer`: expected the state behind '{block.name}' to carry a gradient, but "
                 "everything up to there is frozen: the term would train nothing; choose layers behind the first "
@@ -259,16 +260,16 @@ class Regularizer:
         owner = forward if isinstance(forward, TrainedForward) else self._only_forward(index)
         reader, device = self.blocks[index].reader, gradients[0].device
         weight = self._multiplier[index].to(device) * self._scale_of(owner, device)
-        groups = owner.groups(_state(reader, tensors), self._room, self._sums)
+        groups = owner.groups(state_of(reader, tensors), self._room, self._sums)
         result = term_gradient(
-            _state(reader, tensors), groups, weight, self._target, _state(reader, gradients[:1]),
+            state_of(reader, tensors), groups, weight, self._target, state_of(reader, gradients[:1]),
             contrastive=self._term == "contrastive", apart=len(gradients) > 1,
         )  # fmt: skip
         self._sums.add(index, result)
         owner.left -= 1
         if owner.left == 0 and owner in self._pending:
             self._pending.remove(owner)
-        changed = _as_returned(reader, result.gradient, gradients[0])
+        changed = as_returned(reader, result.gradient, gradients[0])
         if len(gradients) == 1:
             return (changed,)
         return tuple(gradient + changed.to(gradient.dtype) for gradient in gradients)
@@ -286,95 +287,17 @@ class Regularizer:
         return self._loss_scale(device) if callable(self._loss_scale) else self._loss_scale
 
     def _check_overflow(self) -> None:
-        """Of the step before, whose numbers have arrived by now."""
-        if self._overflow is not None and (left_out := int(self._overflow)):
+        """Of the step before, whose numbers have arrived by now, or come before those of this step."""
+        if self._overflow is None:
+            return
+        number, ready = self._overflow
+        if ready is not None:
+            ready.synchronize()
+        if left_out := int(number):
             raise RuntimeError(
                 f"`RepresentationRegularizer`: expected at most {self._room} documents in a micro-batch beyond one "
                 f"per row, and {left_out} more were left out of step {self._step - 1}; raise max_documents"
             )
-
-
-def check_choices(owner: str, target: float, layers: object, strength: Strength, term: str) -> None:
-    """What can be checked without a model.
-
-    Raises:
-        TypeError: a strength, layers or a target of another type.
-        ValueError: one out of its range.
-    """
-    if isinstance(target, bool) or not isinstance(target, int | float):
-        raise TypeError(f"`{owner}`: expected a target in [-1, 1], a similarity, got {type(target).__name__}")
-    if not (math.isfinite(target) and -1 <= target <= 1):
-        raise ValueError(f"`{owner}`: expected a target in [-1, 1], as similarities are, got {target}")
-    if term not in get_args(Term):
-        raise ValueError(f'`{owner}`: expected term="similarity" or "contrastive", got {term!r}')
-    checked_strength(owner, strength)
-    if layers == "all":
-        return
-    numbers = list(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else None
-    if not numbers or not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in numbers):
-        raise TypeError(f'`{owner}`: expected layers as numbers of states, such as [1, 2], or "all", got {layers!r}')
-
-
-def _existing_layers(layers: Sequence[int] | Literal["all"], stream: ResidualStream) -> tuple[int, ...]:
-    last = len(stream)
-    if isinstance(layers, str):
-        return tuple(range(1, last + 1))
-    if wrong := [layer for layer in layers if not (1 <= layer <= last or -last <= layer <= -1)]:
-        hint = "; state 0 is the input of the first block, which no block returns" if 0 in wrong else ""
-        raise ValueError(
-            f"`RepresentationRegularizer`: expected layers from 1 to {last}, the states behind the {last} blocks of "
-            f"'{stream.name}', or from -1 to -{last}, got {wrong}{hint}"
-        )
-    numbers = tuple(layer if layer > 0 else last + 1 + layer for layer in layers)
-    if len(set(numbers)) < len(numbers):
-        raise ValueError(f"`RepresentationRegularizer`: expected each layer once, got {list(layers)}")
-    return tuple(sorted(numbers))
-
-
-def _check_model(model: Module, stream: ResidualStream) -> None:
-    modules = [block.module for block in stream.blocks]
-    if len(set(modules)) < len(modules):
-        raise ValueError(
-            f"`RepresentationRegularizer`: expected blocks that run once in a forward, and those of '{stream.name}' "
-            "are shared; pass blocks=[...] that are not"
-        )
-    if any(isinstance(module, torch.nn.DataParallel) for module in model.modules()):
-        raise ValueError(
-            "`RepresentationRegularizer`: expected a model that is not in DataParallel, whose replicas have no hooks; "
-            "use DistributedDataParallel"
-        )
-    if parameter := is_parallel_over_tokens(model):
-        raise ValueError(_of_parallel(f"'{parameter}' is sharded by more than FSDP"))
-
-
-def _of_parallel(what: str) -> str:
-    return (
-        "`RepresentationRegularizer`: expected each rank to hold whole sequences and states, and "
-        f"{what}: tensor, sequence and context parallelism are not supported"
-    )
-
-
-def _tensors_of(reader: Reader, output: Any) -> tuple[Tensor, ...]:
-    """The tensors that a block returns as its state: one, or two whose sum it is."""
-    first = FIRST_TENSOR.exit(output)
-    if reader is HIDDEN_PLUS_RESIDUAL and isinstance(output, tuple | list) and len(output) > 1:
-        residual = output[1]
-        if isinstance(residual, Tensor) and residual.shape == first.shape:
-            return first, residual
-    return (first,)
-
-
-def _state(reader: Reader, tensors: tuple[Tensor, ...]) -> Tensor:
-    """`[B, T, D]` of what a block returned."""
-    state = reader.exit(tensors[0] if len(tensors) == 1 else tensors).detach()
-    return state.unsqueeze(0) if state.ndim == 2 else state
-
-
-def _as_returned(reader: Reader, gradient: Tensor, like: Tensor) -> Tensor:
-    """A gradient `[B, T, D]` in the shape of what the block returned."""
-    if like.ndim == 2:
-        return gradient[0]
-    return gradient if gradient.shape == like.shape and reader.exit(like) is like else gradient.transpose(0, 1)
 
 
 def _note(forwards: list[TrainedForward], gradient: Tensor) -> None:

@@ -6,8 +6,6 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
-from torch.nn import Module
 
 from repflow.monitor.functional.contrastive import contrastive_gradient
 from repflow.monitor.masks import CallMasks, token_groups
@@ -72,6 +70,8 @@ class TrainedForward:
             rows, tokens, _ = state.shape
             masks = self.masks.of_flat_tokens() if rows == 1 else self.masks
             mask = token_groups(masks, rows, tokens)
+            if mask is not None and mask.is_floating_point():
+                mask = mask > 0  # given to `follow`
             if mask is not None and mask.dtype != torch.bool:
                 found = find_groups(mask, rows + room if use_triton(state) else None)
                 if found.found is not None:
@@ -109,16 +109,6 @@ def term_gradient(
         return similarity_gradient(state, groups, weight=weight, target=target, onto=onto)
     alone = similarity_gradient(state, groups, weight=weight, target=target)
     return alone._replace(onto_square=onto.double().square().sum())
-
-
-def is_parallel_over_tokens(model: Module) -> str | None:
-    """The name of a parameter that more than FSDP has sharded, as tensor parallelism does; None if there is none."""
-    sharded = any(isinstance(module, FSDPModule) for module in model.modules())
-    for name, parameter in model.named_parameters():
-        placements = getattr(parameter, "placements", ())
-        if sum(not placement.is_replicate() for placement in placements) > int(sharded):
-            return name
-    return None
 
 
 def _moved(groups: Groups, device: torch.device) -> Groups:

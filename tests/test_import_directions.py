@@ -22,8 +22,9 @@ TIERS = (
         *("parts", "readers", "wrappers"),  # what residual_stream knows of architectures
     },
     {
-        *("accumulator", "buffer", "capture", "chain", "delivery", "drift", "injection", "masks", "metrics"),
-        *("notices", "positions", "probe", "ranks", "run_info", "ssm", "strength", "taps", "term"),
+        *("accumulator", "block_state", "buffer", "capture", "chain", "delivery", "drift", "injection", "masks"),
+        *("metrics", "notices", "positions", "probe", "ranks", "regularizer_checks", "run_info", "ssm", "strength"),
+        *("taps", "term"),
     },
     {"sinks"},
     {"publication"},

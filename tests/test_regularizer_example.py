@@ -80,10 +80,9 @@ def test_all_are_compared(monkeypatch: pytest.MonkeyPatch, capsys: Any, corpus_f
     ]
     assert len(summary) == 6 and all(row["seeds"] == "1" and row["text_nats_std"] == "0.0" for row in summary)
     assert len(read(Path("results/similarity.csv"))) == 2 * 2 * 4
-    (tmp_path / "work" / "transformer-with-0" / "result.json").unlink()
-    with pytest.raises(SystemExit) as ended:
-        run_script(monkeypatch, "compare.py", *places, "--strength", "some")
-    said = capsys.readouterr().out
-    assert ended.value.code == 1 and "transformer-without-0: trained" in said
-    assert "transformer-with-0: failed; see work/logs/transformer-with-0.log" in said
-    assert "'controlled' or a number, got 'some'" in Path("work/logs/transformer-with-0.log").read_text()
+
+
+def test_a_strength_is_a_number_or_a_word(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        run_script(monkeypatch, "regularize.py", "--strength", "some", "-o", "out")
+    assert "--strength: expected 'none', 'controlled' or a number, got 'some'" in capsys.readouterr().err

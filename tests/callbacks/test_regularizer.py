@@ -281,6 +281,18 @@ def test_transformers_resumes(tmp_path: Path) -> None:
     assert resumed.state_dict()["step"] == 6 and min(resumed.state_dict()["strength"]) > 0
 
 
+def test_a_checkpoint_cannot_stand_in_for_the_users_choices(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected restore_callback_states_from_checkpoint=False"):
+        train(tmp_path, regularizer(), restore_callback_states_from_checkpoint=True)
+
+
+def test_lightning_with_a_compiled_module() -> None:
+    torch.compiler.reset()
+    module = Module()
+    fit(torch.compile(module, backend="aot_eager"), regularizer(), accumulate_grad_batches=2)  # pyright: ignore[reportArgumentType]
+    assert_same(module.net, by_hand(2, 3))
+
+
 def test_with_the_monitor_of_the_same_trainer(tmp_path: Path) -> None:
     monitor = RepresentationMonitorCallback(every_n_steps=1, sinks=(keep := Keep()))
     train(tmp_path, monitor, regularizer(monitor=monitor), gradient_accumulation_steps=2)

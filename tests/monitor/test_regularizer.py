@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from repflow.callbacks import DualAscent, RepresentationRegularizer
 from repflow.monitor import Monitor, MonitorConfig
+from repflow.triton_kernels._dispatch import force
 from tests.monitor import regularizing, toy
 from tests.monitor.compiling import STYLES, compile_model
 from tests.monitor.regularizing import LAYERS, STRENGTH, TARGET, assert_same, gradients, states_of, term
@@ -126,6 +127,25 @@ def llama() -> Any:
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config).double().train()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in Triton's interpreter
+def test_documents_without_waiting_for_a_gpu() -> None:
+    """As the kernels have them, which are not told how many there are: three more than rows; then without room."""
+    net, plain = (regularizing.model(torch.float32) for _ in range(2))
+    regularizer = attached(net, max_documents=3)
+    with force("triton"):
+        regularizer.follow(loss := toy.loss_of(net, IDS[0], DOCUMENTS))
+        loss.backward()
+        regularizer.step()
+        assert_same(gradients(net), written_out(plain, IDS[:1], DOCUMENTS), rtol=1e-4, atol=1e-5)
+        regularizer.detach()
+        regularizer = attached(net, max_documents=1, loss_scale=1.0)
+        toy.loss_of(net, IDS[0], DOCUMENTS).backward()
+        regularizer.step()
+        toy.loss_of(net, IDS[0], DOCUMENTS).backward()
+        with pytest.raises(RuntimeError, match=r"at most 1 documents .* and 2 more were left out of step 0"):
+            regularizer.step()
 
 
 def test_a_mask_that_the_model_does_not_receive() -> None:
