@@ -26,6 +26,8 @@ from repflow.monitor.weakly import weakly
 
 LossScale = float | Callable[[torch.device], Tensor | float]
 """What the loss has been multiplied with when backward runs, or a function that gives it, on a device."""
+_UNKNOWN = object()
+"""In the place of the forward that what backward runs again belongs to."""
 
 
 class Regularizer:
@@ -84,13 +86,18 @@ class Regularizer:
         self._multiplier = torch.full((len(self.layers),), self._first(), dtype=torch.float64, device=device)
         self._sums = Sums(len(self.layers), device)
         self._entry: tuple[int, CallMasks] | None = None
+        self._current: TrainedForward | None = None
         self._pending: list[TrainedForward] = []
         self._overflow: tuple[Tensor, Ready | None] | None = None  # of the step before
         self.metrics: dict[str, Tensor] = {}
         """What the last step measured: similarity, strength and gradient ratio of each layer, on the device."""
         resident = compiled or is_compiled(model)
         self._taps, self._injections = Taps(resident=resident), Injections(resident=resident)
-        self._tap(found, resident)
+        try:
+            self._tap(found, resident)
+        except ValueError:
+            self.remove()
+            raise
 
     def follow(self, loss: Tensor, *, mask: Tensor | None = None) -> None:
         """Let the term be scaled as `loss` is from here to backward; for a loss that the model does not return.
@@ -199,7 +206,6 @@ class Regularizer:
         for depth, module in enumerate(stream.ancestors):
             self._taps.on_masks(module, functools.partial(run, weakly(self._enter), depth))
         first = stream.blocks[0]
-        self._first_block = first.module
         self._taps.on_entry(first.module, first.reader.entry, functools.partial(run, weakly(self._begin)))
         self._taps.arm()
         for depth, module in enumerate(stream.ancestors if self._loss_scale is None else ()):
@@ -217,11 +223,12 @@ class Regularizer:
         if _in_backward():
             return
         entry, self._entry = self._entry, None
-        if self._first_block.training and read()[0]:
-            self._pending.append(TrainedForward(CallMasks() if entry is None else entry[1], len(self.layers)))
+        self._current = TrainedForward(CallMasks() if entry is None else entry[1], len(self.layers))
+        if any(block.module.training for block in self.blocks) and read()[0]:
+            self._pending.append(self._current)
 
-    def _left(self, index: int, tensors: tuple[Tensor, ...]) -> TrainedForward:
-        """A chosen block has returned: to which forward that belongs."""
+    def _left(self, index: int, tensors: tuple[Tensor, ...]) -> object:
+        """A chosen block has returned: the forward that it belongs to, or something else where only backward tells."""
         block = self.blocks[index]
         if any(hasattr(tensor, "placements") for tensor in tensors):
             raise ValueError(of_parallel(f"'{block.name}' returns a DTensor"))
@@ -231,7 +238,11 @@ class Regularizer:
                 "everything up to there is frozen: the term would train nothing; choose layers behind the first "
                 "trained one"
             )
-        return self._only_forward(index) if _in_backward() else self._pending[-1]
+        if _in_backward() or self._current is None:
+            return _UNKNOWN
+        if self._current not in self._pending:  # it began without gradients, as a frozen part may
+            self._pending.append(self._current)
+        return self._current
 
     def _only_forward(self, index: int) -> TrainedForward:
         """The forward whose backward is running, where autograd cannot tell."""

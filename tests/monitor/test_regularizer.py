@@ -161,9 +161,10 @@ def test_a_mask_that_the_model_does_not_receive() -> None:
     assert_same(gradients(net), gradients(plain))
 
 
-def test_two_forwards_before_one_backward() -> None:
+@pytest.mark.parametrize("checkpointing", [None, "default"])
+def test_two_forwards_before_one_backward(checkpointing: str | None) -> None:
     """Each with its own mask, as in DPO; a rollout and an evaluation between them count for nothing."""
-    net, plain = regularizing.model(), regularizing.model()
+    net, plain = regularizing.model(checkpointing=checkpointing), regularizing.model()
     regularizer = attached(net)
     first = toy.loss_of(net, IDS[0], PADDING)
     with torch.no_grad():
@@ -500,7 +501,34 @@ def test_one_regularizer_for_a_layer() -> None:
     with pytest.raises(ValueError, match="one is attached to it"):
         attached(net)
     first.detach()
+    before = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in net.modules()]
+    assert sum(before) == 0
+    last = attached(net, layers=[3])
+    before = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in net.modules()]
+    with pytest.raises(ValueError, match="one is attached to it"):
+        attached(net)  # of whose layers the first one is free
+    assert before == [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in net.modules()]
+    last.detach()
     attached(net)
+
+
+def test_a_forward_that_begins_without_gradients() -> None:
+    """The lower part is frozen, and run under no_grad."""
+
+    def forward(net: Any, ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = net.blocks[0](net.embed(ids))
+        x = net.blocks[2](net.blocks[1](x))
+        return nn.functional.cross_entropy(net.head(net.norm(x)).flatten(0, 1), ids.flatten())
+
+    net, plain = regularizing.model(), regularizing.model()
+    regularizer = attached(net, layers=[3], loss_scale=1.0)
+    forward(net, IDS[0]).backward()
+    regularizer.step()
+    with states_of(plain.blocks, (3,)) as states:
+        loss = forward(plain, IDS[0])
+    (loss + STRENGTH * term(states, None)).backward()
+    assert_same(gradients(net), gradients(plain))
 
 
 def test_what_is_not_supported() -> None:
