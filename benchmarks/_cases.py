@@ -90,12 +90,23 @@ HSIC = [
     *(Case((33, 1, 2048, 2560), input=name) for name in CHANGES),
 ]
 
+SIMILARITY = [
+    Case((1, 8, 2048, 2560)),
+    Case((1, 4, 4096, 4096)),
+    Case((1, 8, 2048, 1024)),
+    Case((1, 8, 2048, 2560), dtype=torch.float32),
+    Case((1, 8, 2048, 2560), dtype=torch.float16),
+    Case((1, 8, 2048, 2560), input="masked"),
+]
+
 QUICK_DEPTH = [
     Case((4, 2, 16, 64), compiled=True),
     Case((3, 2, 8, 64), dtype=torch.float32),
     Case((3, 2, 8, 64), dtype=torch.float16, input="masked"),
 ]
 """Small enough for Triton's interpreter."""
+
+QUICK_SIMILARITY = [Case((1, 2, 16, 64)), Case((1, 2, 16, 64), input="masked")]
 
 QUICK_HSIC = [
     Case((3, 2, 16, 32), compiled=True),

@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 import _cases
 import _depth
 import _hsic
+import _similarity
 import torch
 from _cases import Case
 from _measure import Product, Run, Timing, run_once, time_call
@@ -27,6 +28,7 @@ SEEDS = (0, 1)
 SUITES: dict[str, tuple[ModuleType, list[Case], list[Case]]] = {
     "depth": (_depth, _cases.DEPTH, _cases.QUICK_DEPTH),
     "hsic": (_hsic, _cases.HSIC, _cases.QUICK_HSIC),
+    "similarity": (_similarity, _cases.SIMILARITY, _cases.QUICK_SIMILARITY),
 }
 
 Row = dict[str, object]

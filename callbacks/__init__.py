@@ -5,11 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from repflow.callbacks.lightning import RepresentationMonitor
+    from repflow.callbacks.regularizer import DualAscent, RepresentationRegularizer
     from repflow.callbacks.transformers import RepresentationMonitorCallback
 
-_HOMES = {"RepresentationMonitor": "lightning", "RepresentationMonitorCallback": "transformers"}
+_HOMES = {
+    "DualAscent": "regularizer",
+    "RepresentationMonitor": "lightning",
+    "RepresentationMonitorCallback": "transformers",
+    "RepresentationRegularizer": "regularizer",
+}
 
-__all__ = ["RepresentationMonitor", "RepresentationMonitorCallback"]
+__all__ = ["DualAscent", "RepresentationMonitor", "RepresentationMonitorCallback", "RepresentationRegularizer"]
 
 
 def __getattr__(name: str) -> Any:

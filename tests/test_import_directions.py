@@ -22,12 +22,14 @@ TIERS = (
         *("parts", "readers", "wrappers"),  # what residual_stream knows of architectures
     },
     {
-        *("accumulator", "buffer", "capture", "chain", "delivery", "drift", "masks", "metrics"),
-        *("notices", "positions", "probe", "ranks", "run_info", "ssm", "taps"),
+        *("accumulator", "block_state", "buffer", "capture", "chain", "delivery", "drift", "injection", "masks"),
+        *("metrics", "notices", "positions", "probe", "ranks", "regularizer_checks", "run_info", "ssm", "strength"),
+        *("taps", "term"),
     },
     {"sinks"},
     {"publication"},
     {"monitor"},
+    {"regularizer"},
     {"demo", "inspection", "offline", "report", "theory"},
     {"cli"},
 )

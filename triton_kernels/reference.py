@@ -79,6 +79,38 @@ def token_sums(states: Tensor, groups: Groups) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
+def similarity_gradient(
+    state: Tensor, groups: Groups, weight: Tensor, target: float | None, onto: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Fields of `SimilarityGradient`."""
+    unit_sum, count = (entry[0] for entry in token_sums(state.unsqueeze(0), groups)[:2])
+    measured, pairs = count > 1, count.double() * (count - 1)
+    number = measured.sum()
+    similarity = torch.where(measured, (unit_sum.square().sum(-1) - count) / pairs, 0.0).sum() / number
+    wanted = measured if target is None else measured & (similarity > target)
+    # One group more than there are takes the padding, and has no gradient.
+    coefficient = torch.cat([torch.where(wanted, 2 * weight / (pairs * number), 0.0), count.new_zeros(1)])
+    unit_sum = torch.cat([unit_sum, unit_sum.new_zeros(1, state.shape[-1])])
+    flat, index = state.flatten(0, 1), torch.where(groups.index < 0, groups.count, groups.index).flatten()
+    before = None if onto is None else onto.flatten(0, 1)
+    gradient = torch.empty_like(flat, memory_format=torch.contiguous_format)
+    squares = torch.zeros(2, dtype=torch.float64, device=state.device)
+    for part in _token_chunks(flat.unsqueeze(0)):
+        x, s, c = flat[part].double(), unit_sum[index[part]], coefficient[index[part]].unsqueeze(-1)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        unit = x / length
+        push = c * (s - unit * (unit * s).sum(-1, keepdim=True)) / length
+        push = torch.where((c != 0) & length.isfinite() & (length > 0), push, 0.0)
+        squares[1] += push.square().sum()
+        if before is None:
+            gradient[part] = push.to(state.dtype)
+        else:
+            squares[0] += before[part].double().square().sum()
+            gradient[part] = torch.where(push == 0, before[part], (before[part] + push).to(state.dtype))
+    return gradient.view(state.shape), similarity, *squares.unbind()
+
+
+@torch.no_grad()
 def hsic_statistics(
     states: Tensor, token: Tensor, member: Tensor, estimator: str, min_tokens: int
 ) -> tuple[Tensor, ...]:
@@ -150,4 +182,4 @@ def _estimate(estimator: str, inner: Tensor, square: Tensor, n: Tensor) -> Tenso
     return hsic.masked_fill(same & (hsic <= floor), 0.0) / (n * (n - 3))
 
 
-__all__ = ["depth_statistics", "hsic_statistics", "token_sums"]
+__all__ = ["depth_statistics", "hsic_statistics", "similarity_gradient", "token_sums"]

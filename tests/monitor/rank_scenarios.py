@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_module, distribute_tensor
 
 from repflow.monitor import ranks
-from tests.monitor import toy
+from tests.monitor import rank_regularizer, toy
 from tests.monitor.compiling import graphs_and_breaks
 from tests.monitor.rank_training import (
     PLACEMENTS,
@@ -290,6 +290,12 @@ SCENARIOS: dict[str, Callable[[int, list[warnings.WarningMessage]], dict[str, An
             one_rank_without_a_monitor, not_reduced, late, scalars,
         )
     },
+    **{
+        f"regularized, {kind}": partial(rank_regularizer.regularized, kind, rank_regularizer.STRENGTH)
+        for kind in rank_regularizer.WAYS
+    },
+    "regularized, controller": partial(rank_regularizer.regularized, "ddp", rank_regularizer.CONTROLLER),
+    "regularized, tensor parallel": rank_regularizer.tensor_parallel,
     "probe": partial(probe, None),
     "probe fails": partial(probe, 1),
 }  # fmt: skip

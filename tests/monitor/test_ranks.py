@@ -7,7 +7,7 @@ import torch
 
 from repflow.monitor import Monitor, MonitorConfig
 from repflow.monitor.snapshot import SumLayout
-from tests.monitor import two_ranks
+from tests.monitor import rank_regularizer, two_ranks
 from tests.monitor.rank_scenarios import Stream
 from tests.monitor.rank_training import PLACEMENTS, STEPS, WAYS, batch, one_process, states_and_mask
 
@@ -168,3 +168,35 @@ def test_states_that_are_distributed_tensors(ranks: Results, placement: str, com
             (said,) = results["said"]
             assert results["latest"] is None and "DTensor" in said and "Training goes on without it" in said
             assert compiled == "compiled" or f"placements ({PLACEMENTS[placement]!r},)" in said
+
+
+@pytest.mark.parametrize("way", rank_regularizer.WAYS)
+def test_a_regularizers_term_is_the_mean_over_ranks(ranks: Results, way: str) -> None:
+    """The losses of later steps are those of training on the mean loss with the mean term."""
+    want = rank_regularizer.written_out()
+    for results, losses in zip(ranks, want, strict=True):
+        assert results[f"regularized, {way}"]["losses"] == pytest.approx(losses, rel=1e-5)
+    plain = ranks[0]["ddp"]["losses"]
+    assert want[0][0] == pytest.approx(plain[0]) and abs(want[0][-1] - plain[-1]) > 1e-4
+
+
+def test_a_regularizers_controller_is_the_same_on_all_ranks(ranks: Results) -> None:
+    first, second = (results["regularized, controller"] for results in ranks)
+    assert first["seen"] == second["seen"] and first["state"] == second["state"]
+    controller, target = rank_regularizer.CONTROLLER, rank_regularizer.TARGET
+    strength = torch.zeros(2, dtype=torch.float64)
+    for seen in first["seen"]:
+        similarity, shown = (
+            torch.tensor([seen[f"repflow/regularizer/{name}/state_{layer:02}"] for layer in rank_regularizer.LAYERS])
+            for name in ("similarity", "strength")
+        )
+        torch.testing.assert_close(shown.double(), strength, rtol=0, atol=1e-7)
+        strength = controller.update(strength, similarity.double(), target)
+    assert first["state"]["strength"] == pytest.approx(strength.tolist()) and float(strength.min()) > 0
+
+
+def test_a_regularizer_refuses_tensor_parallel_models(ranks: Results) -> None:
+    for results in ranks:
+        assert (
+            "'blocks.0.linear.weight' is sharded by more than FSDP" in results["regularized, tensor parallel"]["said"]
+        )

@@ -29,3 +29,25 @@ def assert_sums(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
         assert bool(((one - other).abs() <= 5e-7 * count.sqrt().unsqueeze(-1)).all()), (one - other).abs().max()
     for one, other in ((got[1], want[1]), (got[3], want[3])):
         assert one.dtype == torch.int64 and torch.equal(one, other)
+
+
+def assert_similarity_gradient(
+    got: tuple[Tensor, ...], want: tuple[Tensor, ...], state: Tensor, mask: object, **options: object
+) -> None:
+    """The similarity as METRICS.md asks of cosines; the gradient to 2e-6 of what could cancel in it, and its rounding.
+
+    s and (u·s)u, each as long as the group has tokens, cancel where tokens are equal: of n of them 2/(n‖h‖) could.
+    """
+    torch.testing.assert_close(got[1], want[1], rtol=0, atol=2e-6, equal_nan=True)
+    assert got[0].dtype == want[0].dtype and got[0].shape == want[0].shape
+    weight = float(options.get("weight", 1.0))  # pyright: ignore[reportArgumentType]
+    length = torch.linalg.vector_norm(state.double(), dim=-1, keepdim=True)
+    size = 2 * weight / torch.where(length.isfinite() & (length > 0), length, torch.inf)
+    one, other = got[0].double(), want[0].double()
+    assert torch.equal(one.isfinite(), other.isfinite())
+    rounding = torch.finfo(state.dtype).eps * other.abs() + torch.finfo(state.dtype).tiny
+    excess = (one - other).abs() - 2e-6 * size - rounding
+    assert not bool((excess > 0).any()), excess.nan_to_num(0.0).max()
+    for index in (2, 3):
+        if 1e-30 < float(want[index]) < 1e30:  # they are squares in float32
+            torch.testing.assert_close(got[index], want[index], rtol=1e-4, atol=1e-11 * float(size.square().sum()))

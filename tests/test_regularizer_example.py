@@ -1,0 +1,88 @@
+"""examples/regularizer, on tiny models: every file that it promises is written, and the term acts where it says."""
+
+import csv
+import json
+import runpy
+import shutil
+import sys
+import sysconfig
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "examples" / "regularizer"
+PAPER = FOLDER.parent / "paper"
+TINY = ("--tiny", "--steps", "10", "--rows", "2", "--samples", "1", "--every", "5")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(PAPER)
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parents[1] / "src"))  # of the processes that compare.py starts
+
+
+@pytest.fixture(scope="module")
+def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    text, folder = tmp_path_factory.mktemp("text"), tmp_path_factory.mktemp("corpus")
+    for name in ("argparse", "ast", "cmd", "csv", "dis", "enum", "heapq", "inspect", "shlex", "uuid"):
+        shutil.copy(Path(sysconfig.get_paths()["stdlib"]) / f"{name}.py", text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(PAPER)
+        import_module("_corpus").prepare(folder, 1.0, text)
+    return folder
+
+
+def run_script(monkeypatch: pytest.MonkeyPatch, script: str, *options: object) -> None:
+    monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
+    runpy.run_path(str(FOLDER / script), run_name="__main__")
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def trained(monkeypatch: pytest.MonkeyPatch, corpus: Path, out: str, *options: object) -> dict[str, Any]:
+    run_script(monkeypatch, "regularize.py", *TINY, "--corpus", corpus, "-o", out, *options)
+    return json.loads((Path(out) / "result.json").read_text())
+
+
+def test_with_and_without_begin_alike_and_part(monkeypatch: pytest.MonkeyPatch, corpus_folder: Path) -> None:
+    given = (monkeypatch, corpus_folder)
+    without = trained(*given, "without", "--family", "hybrid", "--strength", "none")
+    acted = trained(*given, "with", "--family", "hybrid", "--strength", 5, "--target", -1, "--layers", "late")
+    assert without["regularizer"] is None
+    assert acted["regularizer"] == {"step": 10, "layers": [3], "strength": [5.0]}
+    assert without["tokens"] == acted["tokens"] == 10 * 2 * 512
+    curves = [read(Path(out) / "similarity.csv") for out in ("without", "with")]
+    assert [int(row["step"]) for row in curves[0]] == [0] * 4 + [5] * 4
+    first, last = ([float(curve[row]["inter_token"]) for curve in curves] for row in (3, 7))
+    assert first[0] == first[1] and last[1] < last[0] - 0.01
+    assert [entry["pairs"] for entry in acted["retrieval"]] == [2, 5, 9]
+    assert read(Path("with") / "loss.csv")[0]["step"] == "10"
+
+
+def test_all_are_compared(monkeypatch: pytest.MonkeyPatch, capsys: Any, corpus_folder: Path, tmp_path: Path) -> None:
+    """One of two models is there already; the other is trained by a process of its own."""
+    shutil.copytree(corpus_folder, tmp_path / "work" / "corpus")
+    trained(monkeypatch, corpus_folder, "work/transformer-without-0", "--strength", "none")
+    places = ("--work", "work", "--results", "results", "--families", "transformer", "--seeds", 0, *TINY)
+    with pytest.raises(SystemExit) as ended:
+        run_script(monkeypatch, "compare.py", *places)
+    assert ended.value.code == 0, capsys.readouterr().out
+    runs, summary = read(Path("results/runs.csv")), read(Path("results/summary.csv"))
+    assert [(row["regularizer"], row["pairs"]) for row in runs] == [
+        (arm, pairs) for arm in ("without", "with") for pairs in ("2", "5", "9")
+    ]
+    assert len(summary) == 6 and all(row["seeds"] == "1" and row["text_nats_std"] == "0.0" for row in summary)
+    assert len(read(Path("results/similarity.csv"))) == 2 * 2 * 4
+
+
+def test_a_strength_is_a_number_or_a_word(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        run_script(monkeypatch, "regularize.py", "--strength", "some", "-o", "out")
+    assert "--strength: expected 'none', 'controlled' or a number, got 'some'" in capsys.readouterr().err
