@@ -7,6 +7,7 @@ from torch import Tensor
 from repflow.monitor.alert import Alert
 from repflow.monitor.delivery import MeasuredStep
 from repflow.monitor.ranks import Part
+from repflow.monitor.sequence_shards import MAX_SEQUENCES
 from repflow.monitor.snapshot import RunInfo, Snapshot
 from repflow.monitor.warning import AlertWarning, warn
 from repflow.triton_kernels.hsic import MIN_TOKENS, Estimator
@@ -17,11 +18,20 @@ ALONE = (
 )
 
 
-def misread_mask(step: int, sums: dict[str, Tensor]) -> str | None:
-    """A mask that was read as padding, as those before were, but holds document numbers: pairs may cross documents."""
+def misread_mask(step: int, sums: dict[str, Tensor], *, sliced: bool = False) -> str | None:
+    """A mask that was read as padding, as those before were, but holds document numbers: pairs may cross documents.
+
+    `sliced`: each rank has a slice of every sequence, so that documents cannot be told from one.
+    """
     largest = int(sums["mask_max"])
     if largest <= 1:
         return None
+    if sliced:
+        return (
+            f"expected one sequence in each row under sequence_group, got masks or positions that tell documents apart "
+            f"(up to {largest} in a slice), of which slices do not tell how they go on; pass a boolean mask, "
+            "monitor.step(k, mask=...), to take each row as one sequence"
+        )
     return (
         f"left out step {step}: its mask or positions tell documents apart (up to {largest} in a row), unlike those of "
         "the steps before, and this is seen only afterwards; from now on each document is measured by itself"
@@ -37,6 +47,18 @@ def documents_left_out(snapshot: Snapshot, sums: dict[str, Tensor]) -> str | Non
         f"left up to {number} documents of a micro-batch out of similarity or CKA on step {snapshot.step}, the last "
         "ones: there is room for max_documents beside one per row, in CKA for its share of the tokens, and for less in "
         "very wide models; raise max_documents, or pass a boolean mask to take each row as one sequence"
+    )
+
+
+def sequences_left_out(snapshot: Snapshot, sums: dict[str, Tensor]) -> str | None:
+    """More slices than there is room for, or some of which not all ranks brought theirs."""
+    number = int(sums["documents_left_out"])
+    if not number:
+        return None
+    return (
+        f"left up to {number} sequences of a sequence_group out of inter-token similarity on step {snapshot.step}: "
+        f"there is room for {MAX_SEQUENCES} in a step, and all ranks must bring their slices of a sequence, which "
+        "they choose alike only if these are equally long or all fit into max_tokens"
     )
 
 

@@ -23,7 +23,7 @@ TIERS = (
     },
     {
         *("accumulator", "buffer", "capture", "chain", "delivery", "drift", "masks", "metrics"),
-        *("notices", "positions", "probe", "ranks", "run_info", "ssm", "taps"),
+        *("notices", "positions", "probe", "ranks", "run_info", "sequence_shards", "ssm", "taps"),
     },
     {"sinks"},
     {"publication"},
