@@ -243,8 +243,8 @@ class Accumulator:
         torch.maximum(self._sums[name], value, out=self._sums[name])
 
 
-def sum_similarity(length: Float64[Tensor, "2S-1 G"], count: Int64[Tensor, "2S-1 G"]) -> dict[str, Tensor]:
-    """The sums over groups of the similarity of states and of updates, from ‖Σ_t u_t‖ and the number of tokens."""
+def sum_similarity(length: Float64[Tensor, "V G"], count: Int64[Tensor, "V G"]) -> dict[str, Tensor]:
+    """The sums over groups of the similarity of states and of updates (V = 2S − 1), from ‖Σ_t u_t‖ and the tokens."""
     total, groups = _finite(mean_pair_cosine(length, count)).sum(-1)
     states = (len(count) + 1) // 2
     return {

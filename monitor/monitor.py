@@ -58,8 +58,8 @@ class Monitor:
     `sequence_group`: similarity between tokens and `sequences` are then those of whole sequences, exact like what is a
     sum over tokens (norms, `adjacent`, V_loc, V_glob, `tokens`). CKA takes HSIC within slices: it compares states by
     the tokens of one slice, as examples, and is no estimate of that of whole sequences. The positions of
-    `adjacent_tokens` are those in slices. Without `sequence_group` a slice counts as a sequence. States may be DTensors that are replicated or sharded by sequences; of others each rank has but a part,
-    and nothing is measured.
+    `adjacent_tokens` are those in slices. Without `sequence_group` a slice counts as a sequence. States may be DTensors
+    that are replicated or sharded by sequences; of others each rank has but a part, and nothing is measured.
 
     Args:
         model: what is trained; it may be wrapped.

@@ -62,18 +62,25 @@ def sequences_left_out(snapshot: Snapshot, sums: dict[str, Tensor]) -> str | Non
     )
 
 
-def short_sequences(snapshot: Snapshot, sums: dict[str, Tensor], estimator: Estimator) -> str | None:
-    """Sequences too short for similarity or for CKA, and none that is not; of NaN there is an alert, not this."""
-    if snapshot.nonfinite.any():
+def short_sequences(
+    snapshot: Snapshot, sums: dict[str, Tensor], estimator: Estimator, *, sliced: bool = False
+) -> str | None:
+    """Sequences too short for similarity or for CKA, and none that is not; of NaN there is an alert, not this.
+
+    `sliced`: each rank has a slice of every sequence, and CKA is that of slices.
+    """
+    if snapshot.nonfinite.any() or (sliced and not snapshot.sequences):
         return None
+    what = "sequences"
     if snapshot.sequences == int(sums["short_sequences"]):
         needed, missing = 2, "similarity and CKA are"
     elif sums["hsic_short_groups"] > 0 and sums["hsic_groups"] == 0:
         needed, missing = MIN_TOKENS[estimator], "CKA is"
+        what = "slices" if sliced else what
     else:
         return None
     return (
-        f"expected sequences of at least {needed} valid tokens, but none of {snapshot.sequences} on step "
+        f"expected {what} of at least {needed} valid tokens, but none of {snapshot.sequences} on step "
         f"{snapshot.step} is that long: {missing} NaN; look at the batch, its mask and skip_first_tokens"
     )
 

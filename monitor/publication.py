@@ -118,13 +118,14 @@ class Publication:
             metrics: those that have not failed.
             wait: until everything that was sent has arrived.
         """
+        sliced = self.sequences is not None
         for step, values in self._delivery.receive(wait=wait):
             if step.reduced and (values := self._merge(step, values)) is None:
                 continue
             sums = self._layout.views(values[: self._layout.size])
             self._look_for_documents(step, sums)
-            if misread := misread_mask(step.number, sums, sliced=self.sequences is not None):
-                if self.sequences is None:
+            if misread := misread_mask(step.number, sums, sliced=sliced):
+                if not sliced:
                     self._warn(misread, key="misread mask")
                 elif not self.stopped:
                     self._failed(ValueError(misread))
@@ -132,11 +133,10 @@ class Publication:
             snapshot = step.snapshot(values, self._layout, self._stream.name, self.late_ms)
             self.latest = self._signatures.judged(snapshot, self._run.blocks)
             self.late_ms = 0.0
-            left_out = documents_left_out if self.sequences is None else sequences_left_out
+            left_out = sequences_left_out if sliced else documents_left_out
             if said := left_out(self.latest, sums):
                 self._warn(said, key="documents")
-            any_whole = self.sequences is None or self.latest.sequences > 0
-            if any_whole and (short := short_sequences(self.latest, sums, self._config.cka_estimator)):
+            if short := short_sequences(self.latest, sums, self._config.cka_estimator, sliced=sliced):
                 self._warn(short, key="short sequences")
             if "ssm" in metrics and (unread := unread_decays(self.latest, sums, self._run)):
                 self._warn(unread, key="unread decays")

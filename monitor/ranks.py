@@ -155,7 +155,8 @@ class Ranks:
         if step.sums is None or step.sums.shards is None:
             return sequences.zeros(self._device)
         step.wait_for_events()
-        return step.sums.shards.flat.to(self._device, non_blocking=self._device.type == "cuda")
+        shards, step.sums.shards = step.sums.shards, None  # large, and of no use while the step is on its way
+        return shards.flat.to(self._device, non_blocking=self._device.type == "cuda")
 
     def reduce(self, packed: Packed) -> tuple[Tensor, Ready]:
         """Start adding the vectors of all ranks; the sum on the host, and when it is there.

@@ -21,11 +21,11 @@ _WIDTHS = ("hidden_size", "d_model", "n_embd")
 
 
 class WholeSequences(NamedTuple):
-    """What the slices of all ranks add up to, for N places of which some may be empty."""
+    """What the slices of all ranks add up to: V = 2S − 1 vectors for each of N places, some of which may be empty."""
 
-    length: Float64[Tensor, "2S-1 N"]
+    length: Float64[Tensor, "V N"]
     """‖Σ_t u_t‖ of the unit vectors of h^(0..L), then of Δh^(0..L−1)."""
-    count: Int64[Tensor, "2S-1 N"]
+    count: Int64[Tensor, "V N"]
     """How many those are; 0 where a slice of the sequence is missing."""
     size: Int64[Tensor, " N"]
     """Valid tokens; 0 where a slice is missing."""
@@ -34,8 +34,8 @@ class WholeSequences(NamedTuple):
 
 
 class _Views(NamedTuple):
-    unit_sum: Float32[Tensor, "2S-1 N D"]
-    count: Float32[Tensor, "2S-1 N"]
+    unit_sum: Float32[Tensor, "V N D"]
+    count: Float32[Tensor, "V N"]
     size: Float32[Tensor, " N"]
     held: Float32[Tensor, "world 4 N"]
     """A row for each rank, zero on all others. Of the sequence in a place: number of its micro-batch, and of its row,

@@ -34,6 +34,7 @@ from tests.monitor.rank_training import (
     watch,
     wrapped,
 )
+from tests.monitor.sequence_scenarios import SLICED
 
 
 def way_of_training(kind: str, rank: int, caught: list[warnings.WarningMessage]) -> dict[str, Any]:
@@ -292,4 +293,5 @@ SCENARIOS: dict[str, Callable[[int, list[warnings.WarningMessage]], dict[str, An
     },
     "probe": partial(probe, None),
     "probe fails": partial(probe, 1),
+    **SLICED,
 }  # fmt: skip
