@@ -191,7 +191,7 @@ class Ranks:
         whole = self._sequences.whole(slices)
         flat, sums = self._layout.zeros(wire.device), self._layout.num_sums
         named = self._layout.views(flat)
-        for name, value in (sum_similarity(whole.length, whole.count) | count_sequences(whole.size)).items():
+        for name, value in (sum_similarity(whole.lengths, whole.counts) | count_sequences(whole.sizes)).items():
             named[name].copy_(value)
         named["documents_left_out"].copy_(whole.torn.sum())
         wire[:sums] += flat[:sums]

@@ -23,20 +23,20 @@ _WIDTHS = ("hidden_size", "d_model", "n_embd")
 class WholeSequences(NamedTuple):
     """What the slices of all ranks add up to: V = 2S − 1 vectors for each of N places, some of which may be empty."""
 
-    length: Float64[Tensor, "V N"]
+    lengths: Float64[Tensor, "V N"]
     """‖Σ_t u_t‖ of the unit vectors of h^(0..L), then of Δh^(0..L−1)."""
-    count: Int64[Tensor, "V N"]
+    counts: Int64[Tensor, "V N"]
     """How many those are; 0 where a slice of the sequence is missing."""
-    size: Int64[Tensor, " N"]
+    sizes: Int64[Tensor, " N"]
     """Valid tokens; 0 where a slice is missing."""
     torn: Bool[Tensor, " N"]
     """Sequences of which a slice is missing, or of which the ranks did not measure the same."""
 
 
 class _Views(NamedTuple):
-    unit_sum: Float32[Tensor, "V N D"]
-    count: Float32[Tensor, "V N"]
-    size: Float32[Tensor, " N"]
+    unit_sums: Float32[Tensor, "V N D"]
+    counts: Float32[Tensor, "V N"]
+    sizes: Float32[Tensor, " N"]
     held: Float32[Tensor, "world 4 N"]
     """A row for each rank, zero on all others. Of the sequence in a place: number of its micro-batch, and of its row,
     from 1; length of the slice if only some of its tokens are measured, otherwise 0; and whether there are unit sums.
@@ -47,8 +47,8 @@ class _Views(NamedTuple):
 class SequenceGroup:
     """The ranks that hold slices of the same sequences, and the vector that they add up: `size` float32 numbers.
 
-    Float32 suffices: each component of a unit sum is rounded once by each rank, relative to itself by 6e-8, which
-    moves a similarity by less than 1e-6, while it is shown to 1e-5.
+    Float32 suffices: a rank's part of a unit sum is no longer than the number of tokens n, and is rounded by 6e-8 of
+    itself, which moves (‖s‖² − n)/(n(n − 1)) by some 1e-7 for each rank at most, and 1e-5 is what is asked of it.
     """
 
     group: "dist.ProcessGroup"
@@ -90,14 +90,14 @@ class SequenceGroup:
 
     def whole(self, flat: Float32[Tensor, " size"]) -> WholeSequences:
         """What the sum of all ranks' vectors says. Does not wait for the device."""
-        unit_sum, count, size, held = self.views(flat)
+        unit_sums, counts, sizes, held = self.views(flat)
         sequence, measured = held[:, :3], held[:, 3] > 0
         same = (sequence == sequence[:1]).all(0).all(0) & (sequence[0, 0] > 0)
         similar = same & measured.all(0)
         return WholeSequences(
-            torch.linalg.vector_norm(unit_sum, dim=-1, dtype=torch.float64),
-            (count * similar).long(),
-            (size * same).long(),
+            torch.linalg.vector_norm(unit_sums, dim=-1, dtype=torch.float64),
+            (counts * similar).long(),
+            (sizes * same).long(),
             (sequence[:, 0] > 0).any(0) & ~(similar if self.features else same),
         )
 
@@ -150,16 +150,16 @@ class SequenceShards:
         held[0] = forward + 1
         held[1] = rows[:number] + 1
         held[2] = sampled
-        self._parts.size[self._places] = sizes if isinstance(sizes, int) else sizes[:number].float()
+        self._parts.sizes[self._places] = sizes if isinstance(sizes, int) else sizes[:number].float()
 
     def add(self, sums: TokenSums) -> None:
         """Keep the unit sums of the rows that were placed last."""
-        places, (unit_sum, count, _, held) = self._places, self._parts
+        places, (unit_sums, counts, _, held) = self._places, self._parts
         number, states = places.stop - places.start, self._group.num_states
-        unit_sum[:states, places] = sums.unit_sum[:, :number].float()
-        unit_sum[states:, places] = sums.update_unit_sum[:, :number].float()
-        count[:states, places] = sums.count[:, :number].float()
-        count[states:, places] = sums.update_count[:, :number].float()
+        unit_sums[:states, places] = sums.unit_sum[:, :number].float()
+        unit_sums[states:, places] = sums.update_unit_sum[:, :number].float()
+        counts[:states, places] = sums.count[:, :number].float()
+        counts[states:, places] = sums.update_count[:, :number].float()
         held[self._group.rank, 3, places] = 1
 
 

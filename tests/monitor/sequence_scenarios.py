@@ -17,7 +17,7 @@ from repflow.monitor import Monitor, MonitorConfig, Snapshot, ranks
 from repflow.monitor.functional import inter_token_similarity
 from repflow.monitor.sampling import select
 from tests.monitor import toy
-from tests.monitor.rank_training import Keep, device, model, result
+from tests.monitor.rank_training import Keep, device, model, no_waiting, result
 
 STEPS = 3
 
@@ -42,11 +42,12 @@ class Sliced:
     """Width of the states by the model's config."""
 
 
+WITHOUT = {"metrics": ("adjacent", "variation")}
 EQUAL = {
     "two micro-batches": Sliced(((4, 12, 6), (3, 16, 8))),
     "unequal slices": Sliced(((4, 12, 5), (3, 16, 13))),
     "chosen rows": Sliced(((9, 12, 6),), {"max_tokens": 18}, {"max_tokens": 36}),
-    "without similarity": Sliced(((4, 12, 6),), *[{"metrics": ("adjacent", "variation")}] * 2),
+    "without similarity": Sliced(((4, 12, 6),), WITHOUT, WITHOUT),
 }
 """These equal one process on the whole batch."""
 OTHERS = {
@@ -85,8 +86,18 @@ def train(case: Sliced, net: nn.Module, monitor: Monitor | None, rank: int) -> l
             else:
                 with monitor.step(step):
                     toy.loss_of(net, ids, mask).backward()
+        if monitor is not None:
+            with no_waiting(step > 0):
+                monitor.publish()
         grads.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
     return grads
+
+
+def new_group() -> dist.ProcessGroup:
+    """All ranks, in a group of their own."""
+    group = dist.new_group()
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def sliced(case: Sliced, rank: int, caught: list[warnings.WarningMessage]) -> dict[str, Any]:
@@ -94,7 +105,7 @@ def sliced(case: Sliced, rank: int, caught: list[warnings.WarningMessage]) -> di
     bare, net, sink = train(case, model(), None, rank), model(), Keep()
     if case.width is not None:
         net.config = SimpleNamespace(hidden_size=case.width)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-    everyone, slices = dist.new_group(), dist.new_group()
+    everyone, slices = new_group(), new_group()
     config = MonitorConfig(every_n_steps=1, **case.options)
     monitor = Monitor(net, config, sinks=[sink], process_group=everyone, sequence_group=slices)
     sizes: list[tuple[str, int, torch.dtype]] = []
@@ -164,7 +175,7 @@ def refusals(rank: int, caught: list[warnings.WarningMessage]) -> dict[str, Any]
         return "nothing"
 
     narrow = model()
-    narrow.norm = nn.Identity()
+    narrow.norm = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
     return {
         "skip": said(model(), {"skip_first_tokens": 1}),
         "alone": said(model(), {"reduce": False}),
@@ -179,11 +190,32 @@ def refusals(rank: int, caught: list[warnings.WarningMessage]) -> dict[str, Any]
 def unlike(rank: int, caught: list[warnings.WarningMessage]) -> dict[str, Any]:
     """Rank 1 does not name the ranks that hold slices: their collectives would not meet."""
     net, sink = model(), Keep()
-    everyone, slices = dist.new_group(), dist.new_group()
+    everyone, slices = new_group(), new_group()
     config, named = MonitorConfig(every_n_steps=1), slices if rank == 0 else None
     monitor = Monitor(net, config, sinks=[sink], process_group=everyone, sequence_group=named)
     with patch.object(ranks, "_JOIN_TIMEOUT", timedelta(seconds=1)):
         train(EQUAL["two micro-batches"], net, monitor, rank)
+    monitor.close()
+    return result(monitor, sink, caught)
+
+
+class Numbered(toy.Toy):
+    """Is told the number of each token's document."""
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
+        del seq_idx
+        return super().forward(ids, attention_mask)
+
+
+def numbered(rank: int, caught: list[warnings.WarningMessage]) -> dict[str, Any]:
+    """Documents end where slices end, so that no slice holds two. On step 0 a mask stands for their numbers."""
+    net, sink = Numbered(blocks=4).to(device()), Keep()
+    monitor = Monitor(net, MonitorConfig(every_n_steps=1), sinks=[sink], sequence_group=new_group())
+    ids, mask = (values[:, 6 * rank :][:, :6] for values in batch(0, 0, 4, 12))
+    with monitor.step(0, mask=mask != 0):
+        net(ids, seq_idx=torch.full_like(ids, rank)).sum().backward()
+    with monitor.step(1):
+        net(ids, seq_idx=torch.full_like(ids, rank)).sum().backward()
     monitor.close()
     return result(monitor, sink, caught)
 
@@ -204,5 +236,5 @@ def two_by_two(rank: int, caught: list[warnings.WarningMessage]) -> dict[str, An
 
 
 SLICED = {name: partial(sliced, case) for name, case in (EQUAL | OTHERS).items()}
-SLICED |= {"refusals": refusals, "unlike": unlike}
+SLICED |= {"refusals": refusals, "unlike": unlike, "numbered": numbered}
 ON_FOUR = {"two by two": two_by_two}

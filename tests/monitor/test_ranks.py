@@ -243,6 +243,13 @@ def test_documents_and_another_width_end_monitoring_of_slices(ranks: Results) ->
         assert results["documents"]["latest"][0] == 0 and results["another width"]["latest"] is None
 
 
+def test_documents_that_end_with_slices_are_refused_too(ranks: Results) -> None:
+    for result in (results["numbered"] for results in ranks):
+        (said,) = result["said"]
+        assert "stopped monitoring at step 1" in said and "got numbers or boundaries of documents" in said
+        assert result["latest"][0] == 0 and LAYOUT.values(result["latest"][1])["sequences"] == 4
+
+
 def test_slices_named_on_one_rank_only_are_not_met(ranks: Results) -> None:
     first, second = (LAYOUT.values(results["unlike"]["latest"][1]) for results in ranks)
     assert all("a Monitor with the same choices on every rank" in results["unlike"]["said"][0] for results in ranks)

@@ -3,8 +3,9 @@
 What ranks do together is in `test_ranks`.
 """
 
+from typing import Any
+
 import pytest
-import torch
 import transformers
 from torch import nn
 
@@ -13,7 +14,7 @@ from repflow.monitor.sequence_shards import stream_width
 from tests.monitor import toy
 
 
-def small(config: type, **sizes: int) -> nn.Module:
+def small(config: type, **sizes: int) -> Any:
     return transformers.AutoModel.from_config(config(vocab_size=32, **sizes))
 
 
@@ -48,5 +49,5 @@ def test_width_is_told_without_a_forward(name: str) -> None:
 
 def test_no_width_is_told_of_a_model_without_norm_and_config() -> None:
     model = toy.Toy()
-    model.norm = torch.nn.Identity()
+    model.norm = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
     assert stream_width(find_residual_stream(model)) is None
