@@ -4,6 +4,7 @@ from collections.abc import Callable
 from math import ceil, prod
 
 import torch
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from repflow.monitor.capture import CapturedForward
@@ -12,6 +13,7 @@ from repflow.monitor.drift import Drift
 from repflow.monitor.functional.inter_token import mean_pair_cosine
 from repflow.monitor.positions import every_position, token_positions, without_first
 from repflow.monitor.sampling import select
+from repflow.monitor.sequence_shards import SequenceGroup, SequenceShards
 from repflow.monitor.snapshot import POSITION_BINS, SumLayout
 from repflow.monitor.ssm import DecayCounts
 from repflow.triton_kernels import DepthStatistics, TokenSums, depth_and_token_sums, depth_statistics, hsic_statistics
@@ -39,6 +41,8 @@ class Accumulator:
         documents: whether integer masks may tell documents apart. If not, the kernels take them as padding, which costs
             less, and the largest value is kept: it tells if that was wrong.
         drift: compares the tokens of CKA with what their states were; the layout is then that of a probe.
+        sequences: the ranks that hold slices of the same sequences. What is a sum over pairs of tokens is then kept for
+            each sequence, in `shards`, and integer masks are read as padding.
     """
 
     def __init__(
@@ -50,19 +54,31 @@ class Accumulator:
         failed: Callable[[Metric, Exception], None],
         documents: bool = True,
         drift: Drift | None = None,
+        sequences: SequenceGroup | None = None,
     ) -> None:
-        self._config, self._step, self._failed, self._documents = config, step, failed, documents
+        self._config, self._step, self._failed = config, step, failed
+        self._documents = documents and sequences is None
         self._drift = drift
         self.flat = layout.zeros(device)
         self.forwards = 0
         self.counted_documents = False
         """Whether a mask was looked through for documents, of which there is room for so many only."""
+        self.shards = None if sequences is None else SequenceShards(sequences, device)
+        """What is to be added up over ranks before it is a similarity."""
         self._sums = layout.views(self.flat)
 
     @torch.no_grad()
-    def add(self, forward: CapturedForward, metrics: tuple[Metric, ...]) -> None:
-        """Add the statistics of one micro-batch. Nothing here waits for the device where the kernels run."""
+    def add(self, forward: CapturedForward, metrics: tuple[Metric, ...], missed: int = 0) -> None:
+        """Add the statistics of one micro-batch. Nothing here waits for the device where the kernels run.
+
+        Args:
+            forward: the micro-batch.
+            metrics: those that have not failed.
+            missed: forwards of the step that were not measured so far.
+        """
         states = forward.states
+        if self.shards is not None:
+            self.shards.check(states.shape[-1])
         mask, bins = self._mask_and_bins(forward)
         with torch.autocast(states.device.type, enabled=False):
             num_states, rows, _, features = states.shape
@@ -72,6 +88,8 @@ class Accumulator:
                 part = slice(start, start + step)
                 groups = self._groups(states, None if mask is None else mask[part], self._config.max_documents)
                 self._count_tokens(groups, bins[part].shape)
+                if self.shards is not None:
+                    self._place(self.shards, forward, part, groups, missed)
                 self._add_rows(states[:, part], groups, bins[part], metrics)
             if "cka" in metrics:
                 try:
@@ -94,7 +112,7 @@ class Accumulator:
             mask = mask.to(device, non_blocking=True)
             if mask.is_floating_point():
                 mask = mask > 0  # given with the step
-            if mask.dtype != torch.bool and use_triton(forward.states):
+            if mask.dtype != torch.bool and (use_triton(forward.states) or self.shards is not None):
                 mask = mask.clamp(min=0)  # elsewhere a negative number is refused, for which a GPU would be waited for
                 self._raise_to("document_max" if self._documents else "mask_max", mask.max())
                 mask = mask if self._documents else mask != 0
@@ -120,12 +138,24 @@ class Accumulator:
     def _count_tokens(self, groups: Tensor | Groups | None, shape: tuple[int, ...]) -> None:
         if groups is None:
             rows, tokens = shape
-            sums = [self._sums[name] for name in ("tokens", "sequences", "short_sequences")]
-            _add_each(sums, [rows * tokens, rows, rows * (tokens < 2)])
+            names = ("tokens", "sequences", "short_sequences") if self.shards is None else ("tokens",)
+            _add_each([self._sums[name] for name in names], [rows * tokens, rows, rows * (tokens < 2)][: len(names)])
             return
         sizes = groups.sizes if isinstance(groups, Groups) else groups.sum(1)
         tokens = groups.valid.sum() if isinstance(groups, Groups) else sizes.sum()
-        self._add(tokens=tokens, sequences=(sizes > 0).sum(), short_sequences=(sizes == 1).sum())
+        self._add(tokens=tokens, **({} if self.shards is not None else count_sequences(sizes)))
+
+    def _place(
+        self, shards: SequenceShards, forward: CapturedForward, part: slice, mask: Tensor | Groups | None, missed: int
+    ) -> None:
+        """Say of which sequences the rows `part` of the captured part are slices."""
+        (rows, tokens), selection = forward.shape, forward.selection
+        number = torch.arange(rows, device=forward.states.device)
+        number = number if selection.rows is None else number[selection.rows]
+        sizes = mask.sum(1) if isinstance(mask, Tensor) else selection.shape[1]
+        sampled = 0 if selection.tokens is None else tokens
+        shards.place(self.forwards + missed, number[part], sampled, sizes)
+        self._sums["documents_left_out"].fill_(shards.left_out)
 
     def _add_rows(
         self, states: Tensor, mask: Tensor | Groups | None, bins: Tensor, metrics: tuple[Metric, ...]
@@ -135,22 +165,17 @@ class Accumulator:
         if "inter_token" in metrics:
             try:
                 depth, sums = depth_and_token_sums(states, mask)
-                self._add_inter_token(sums)
+                if self.shards is None:
+                    self._add_inter_token(sums)
+                else:
+                    self.shards.add(sums)
             except Exception as error:
                 self._failed("inter_token", error)
         self._add_depth(depth or depth_statistics(states, mask), states.shape[-1], bins, metrics)
 
     def _add_inter_token(self, sums: TokenSums) -> None:
         lengths = [torch.linalg.vector_norm(unit_sum, dim=-1) for unit_sum in (sums.unit_sum, sums.update_unit_sum)]
-        similarity = mean_pair_cosine(torch.cat(lengths), torch.cat([sums.count, sums.update_count]))
-        total, groups = _finite(similarity).sum(-1)
-        states = len(sums.count)
-        self._add(
-            inter_token=total[:states],
-            inter_token_groups=groups[:states],
-            update_inter_token=total[states:],
-            update_inter_token_groups=groups[states:],
-        )
+        self._add(**sum_similarity(torch.cat(lengths), torch.cat([sums.count, sums.update_count])))
 
     def _add_depth(self, depth: DepthStatistics, features: int, bins: Tensor, metrics: tuple[Metric, ...]) -> None:
         maps = {"norms": depth.norm}
@@ -216,6 +241,23 @@ class Accumulator:
     def _raise_to(self, name: str, value: Tensor) -> None:
         """Raise the maximum of this name to `value`, where that is larger."""
         torch.maximum(self._sums[name], value, out=self._sums[name])
+
+
+def sum_similarity(length: Float64[Tensor, "V G"], count: Int64[Tensor, "V G"]) -> dict[str, Tensor]:
+    """The sums over groups of the similarity of states and of updates (V = 2S − 1), from ‖Σ_t u_t‖ and the tokens."""
+    total, groups = _finite(mean_pair_cosine(length, count)).sum(-1)
+    states = (len(count) + 1) // 2
+    return {
+        "inter_token": total[:states],
+        "inter_token_groups": groups[:states],
+        "update_inter_token": total[states:],
+        "update_inter_token_groups": groups[states:],
+    }
+
+
+def count_sequences(sizes: Int64[Tensor, " G"]) -> dict[str, Tensor]:
+    """How many groups there are, from their valid tokens."""
+    return {"sequences": (sizes > 0).sum(), "short_sequences": (sizes == 1).sum()}
 
 
 def _add_each(sums: list[Tensor], values: list[Tensor] | list[int]) -> None:

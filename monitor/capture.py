@@ -94,6 +94,8 @@ class Capture:
     """Leave out forwards without gradients or in evaluation mode. False: record these too."""
     inner: Sequence[tuple[Module, Callable[[Recording, Callable[[], Tensor]], None]]] = ()
     """Modules inside of blocks, and what to call with the recorded forward and how to read what the module returned."""
+    sliced: bool = False
+    """Rows are slices of sequences, of which other ranks have the rest: documents that a forward tells are refused."""
     ignored: Counter[str] = field(default_factory=Counter)
     broken: str | None = None
     """How the chain of blocks broke since `arm`: those forwards were left out."""
@@ -253,6 +255,12 @@ class Capture:
         if rows * tokens == 0:
             self.ignored["forwards without a token"] += 1
             return None
+        if self.sliced and (masks.segments is not None or masks.boundaries is not None):
+            raise CaptureError(
+                "expected one sequence in each row under sequence_group, got numbers or boundaries of documents, which "
+                "do not tell how a document goes on in the next slice; pass a boolean mask, monitor.step(k, mask=...), "
+                "to take each row as one sequence"
+            )
         mask = token_groups(masks, rows, tokens)
         selection = self.choose((rows, tokens), state).to(state.device)
         view = self.buffer.view((len(self.stream) + 1, *selection.shape, features), state)

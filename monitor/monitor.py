@@ -21,6 +21,7 @@ from repflow.monitor.ranks import is_first_rank
 from repflow.monitor.residual_stream import ResidualStream, find_residual_stream
 from repflow.monitor.run_info import describe_run
 from repflow.monitor.sampling import Schedule, Selection, select
+from repflow.monitor.sequence_shards import find_sequence_group
 from repflow.monitor.signatures import SignatureBook
 from repflow.monitor.sinks import AbstractSink, FanOutSink
 from repflow.monitor.snapshot import RunInfo, Snapshot
@@ -53,11 +54,12 @@ class Monitor:
     published, without waiting: call `step`, `publish`, `flush` and `close` on all ranks alike. After `flush` or `wait`
     the same snapshot is `latest` on every rank, so that all decide alike. A rank whose monitor fails, or that records
     nothing, brings zeros and is named in `Snapshot.silent_ranks`. Uneven inputs (`Join`) need `reduce=False`.
-    Where each rank holds a slice of every sequence (context or sequence parallelism), a slice counts as a sequence:
-    what is a sum over tokens (norms, `adjacent`, V_loc, V_glob, `tokens`) is exact, but `inter_token` is the mean
-    similarity within slices, CKA takes HSIC within slices, and `sequences`, positions and `skip_first_tokens` are those
-    of slices. States may be DTensors that are replicated or sharded by sequences; of others each rank has but a part,
-    and nothing is measured.
+    Where each rank holds a slice of every sequence (context or sequence parallelism), name those ranks by
+    `sequence_group`: similarity between tokens and `sequences` are then those of whole sequences, exact like what is a
+    sum over tokens (norms, `adjacent`, V_loc, V_glob, `tokens`). CKA takes HSIC within slices: it compares states by
+    the tokens of one slice, as examples, and is no estimate of that of whole sequences. The positions of
+    `adjacent_tokens` are those in slices. Without `sequence_group` a slice counts as a sequence. States may be DTensors
+    that are replicated or sharded by sequences; of others each rank has but a part, and nothing is measured.
 
     Args:
         model: what is trained; it may be wrapped.
@@ -68,6 +70,11 @@ class Monitor:
         name: of the run; the model's class and the time if None.
         process_group: the ranks that share a batch; the default group if None. Of ranks that see the same tokens, as
             under tensor parallelism, each would count them: pass the data-parallel group then, or `reduce=False`.
+        sequence_group: the ranks that hold slices `[B, T/n, D]` of the same sequences, such as
+            `mesh["cp"].get_group()`; they lie within `process_group`. For them a step costs one more collective, of
+            64·(2S−1)·D·4 bytes, on the CPU waited for: there is room for 64 sequences in a step, and more are left out
+            of similarity, which is said. So is a sequence of which a rank brings no slice, or another choice of tokens,
+            as slices of unequal length above `max_tokens` make it. None: sequences are whole.
         probe_batch: measure this batch every time instead of what the model is trained on: curves over steps then show
             the model and not the data, and snapshots have `drift_first` and `drift_previous`. The arguments of the
             model's forward (a mapping, a tuple, or a tensor), or a function that returns them, called once. When a
@@ -78,8 +85,9 @@ class Monitor:
 
     Raises:
         TypeError: a `probe_batch` that holds no arguments.
-        ValueError: no residual stream was found, `states="hf"` for a model without a final norm, or `probe_batch` for a
-            model that cannot be run between training steps.
+        ValueError: no residual stream was found, `states="hf"` for a model without a final norm, `probe_batch` for a
+            model that cannot be run between training steps, or a `sequence_group` that is not within `process_group`,
+            for a model whose width cannot be told, or beside `probe_batch`, `skip_first_tokens` or `reduce=False`.
     """
 
     def __init__(
@@ -92,6 +100,7 @@ class Monitor:
         stream: str | None = None,
         name: str | None = None,
         process_group: "torch.distributed.ProcessGroup | None" = None,
+        sequence_group: "torch.distributed.ProcessGroup | None" = None,
         probe_batch: ProbeBatch | None = None,
     ) -> None:
         self.config = config or MonitorConfig()
@@ -102,6 +111,11 @@ class Monitor:
                 f'{self.stream.name!r} in {type(model).__name__}; use states="residual", which '
                 "transformers returns too of a model without it"
             )
+        sequences = find_sequence_group(
+            sequence_group, process_group, self.stream, similarity="inter_token" in self.config.metrics
+        )
+        if sequences is not None:
+            _check_sliced(self.config, probe=probe_batch is not None)
         resident = is_compiled(model) if self.config.compiled == "auto" else self.config.compiled
         self._probe: Probe | None = None
         if probe_batch is not None:
@@ -122,6 +136,7 @@ class Monitor:
             self._sink,
             self._signatures,
             group=process_group,
+            sequences=sequences,
             resident=resident,
             warn=self._warn,
             failed=weakly(self._stop),
@@ -141,6 +156,7 @@ class Monitor:
             run=weakly(self._run),
             resident=resident,
             training_only=self._probe is None,
+            sliced=sequences is not None,
             inner=self._decays.hooks() if "ssm" in self._metrics else (),
         )
 
@@ -310,10 +326,12 @@ class Monitor:
             failed = weakly(self._drop_metric)
             packed = self._publication.packed is not False
             drift = None if self._probe is None else self._probe.drift
-            step.sums = Accumulator(self.config, self.run.layout, self._drawn_by, device, failed, packed, drift)
+            step.sums = Accumulator(
+                self.config, self.run.layout, self._drawn_by, device, failed, packed, drift, self._publication.sequences
+            )
         # The forward of a probe batch is timed as a whole.
         with step.timed(device) if self._probe is None else nullcontext():
-            step.sums.add(forward, self._metrics)
+            step.sums.add(forward, self._metrics, step.ignored.total() + self._capture.ignored.total())
             if (decays := self._decays.take(forward)) is not None:
                 step.sums.add_decays(decays)
 
@@ -416,3 +434,22 @@ class Monitor:
         """Go on without a metric that failed."""
         self._metrics = tuple(other for other in self._metrics if other != metric)
         self._warn(f"stopped measuring {metric!r}: {type(error).__name__}: {error}. The other metrics go on")
+
+
+def _check_sliced(config: MonitorConfig, *, probe: bool) -> None:
+    """Refuse what cannot be measured of slices of sequences.
+
+    Raises:
+        ValueError: there is something of it.
+    """
+    refused = {
+        "probe_batch=": probe,
+        f"skip_first_tokens={config.skip_first_tokens}": config.skip_first_tokens > 0,
+        "reduce=False": not config.reduce,
+    }
+    if found := [name for name, given in refused.items() if given]:
+        raise ValueError(
+            f"`Monitor`: expected none of probe_batch, skip_first_tokens and reduce=False beside sequence_group, got "
+            f"{', '.join(found)}: a slice does not tell which tokens are first, and only all ranks together have a "
+            "whole sequence"
+        )

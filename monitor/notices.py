@@ -7,6 +7,7 @@ from torch import Tensor
 from repflow.monitor.alert import Alert
 from repflow.monitor.delivery import MeasuredStep
 from repflow.monitor.ranks import Part
+from repflow.monitor.sequence_shards import MAX_SEQUENCES
 from repflow.monitor.snapshot import RunInfo, Snapshot
 from repflow.monitor.warning import AlertWarning, warn
 from repflow.triton_kernels.hsic import MIN_TOKENS, Estimator
@@ -17,11 +18,20 @@ ALONE = (
 )
 
 
-def misread_mask(step: int, sums: dict[str, Tensor]) -> str | None:
-    """A mask that was read as padding, as those before were, but holds document numbers: pairs may cross documents."""
+def misread_mask(step: int, sums: dict[str, Tensor], *, sliced: bool = False) -> str | None:
+    """A mask that was read as padding, as those before were, but holds document numbers: pairs may cross documents.
+
+    `sliced`: each rank has a slice of every sequence, so that documents cannot be told from one.
+    """
     largest = int(sums["mask_max"])
     if largest <= 1:
         return None
+    if sliced:
+        return (
+            f"expected one sequence in each row under sequence_group, got masks or positions that tell documents apart "
+            f"(up to {largest} in a slice), of which slices do not tell how they go on; pass a boolean mask, "
+            "monitor.step(k, mask=...), to take each row as one sequence"
+        )
     return (
         f"left out step {step}: its mask or positions tell documents apart (up to {largest} in a row), unlike those of "
         "the steps before, and this is seen only afterwards; from now on each document is measured by itself"
@@ -40,18 +50,37 @@ def documents_left_out(snapshot: Snapshot, sums: dict[str, Tensor]) -> str | Non
     )
 
 
-def short_sequences(snapshot: Snapshot, sums: dict[str, Tensor], estimator: Estimator) -> str | None:
-    """Sequences too short for similarity or for CKA, and none that is not; of NaN there is an alert, not this."""
-    if snapshot.nonfinite.any():
+def sequences_left_out(snapshot: Snapshot, sums: dict[str, Tensor]) -> str | None:
+    """More slices than there is room for, or some of which not all ranks brought theirs."""
+    number = int(sums["documents_left_out"])
+    if not number:
         return None
+    return (
+        f"left up to {number} sequences of a sequence_group out of inter-token similarity on step {snapshot.step}: "
+        f"there is room for {MAX_SEQUENCES} in a step, and all ranks must bring their slices of a sequence, which "
+        "they choose alike only if these are equally long or all fit into max_tokens"
+    )
+
+
+def short_sequences(
+    snapshot: Snapshot, sums: dict[str, Tensor], estimator: Estimator, *, sliced: bool = False
+) -> str | None:
+    """Sequences too short for similarity or for CKA, and none that is not; of NaN there is an alert, not this.
+
+    `sliced`: each rank has a slice of every sequence, and CKA is that of slices.
+    """
+    if snapshot.nonfinite.any() or (sliced and not snapshot.sequences):
+        return None
+    what = "sequences"
     if snapshot.sequences == int(sums["short_sequences"]):
         needed, missing = 2, "similarity and CKA are"
     elif sums["hsic_short_groups"] > 0 and sums["hsic_groups"] == 0:
         needed, missing = MIN_TOKENS[estimator], "CKA is"
+        what = "slices" if sliced else what
     else:
         return None
     return (
-        f"expected sequences of at least {needed} valid tokens, but none of {snapshot.sequences} on step "
+        f"expected {what} of at least {needed} valid tokens, but none of {snapshot.sequences} on step "
         f"{snapshot.step} is that long: {missing} NaN; look at the batch, its mask and skip_first_tokens"
     )
 

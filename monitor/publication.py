@@ -13,6 +13,7 @@ from repflow.monitor.notices import (
     documents_left_out,
     misread_mask,
     recorded_nothing,
+    sequences_left_out,
     short_sequences,
     silent_ranks,
     tell,
@@ -20,6 +21,7 @@ from repflow.monitor.notices import (
 )
 from repflow.monitor.ranks import MAX_SCALARS, CollectiveError, Part, Ranks, find_ranks, is_first_rank
 from repflow.monitor.residual_stream import ResidualStream
+from repflow.monitor.sequence_shards import SequenceGroup
 from repflow.monitor.signatures import SignatureBook
 from repflow.monitor.sinks import AbstractSink
 from repflow.monitor.snapshot import RunInfo, Snapshot
@@ -39,6 +41,7 @@ class Publication:
         sink: where the snapshots go.
         signatures: judges them.
         group: the ranks that share a batch; the default group if None.
+        sequences: those of them that hold slices of the same sequences; None where all have whole ones.
         resident: whether the model is compiled, with taps in it.
         warn: says what is wrong with a step.
         failed: called with an exception that ends monitoring.
@@ -53,6 +56,7 @@ class Publication:
         signatures: SignatureBook,
         *,
         group: "torch.distributed.ProcessGroup | None",
+        sequences: SequenceGroup | None = None,
         resident: bool,
         warn: WarnOnce,
         failed: Callable[[Exception], None],
@@ -66,7 +70,7 @@ class Publication:
         """Whether integer masks tell documents apart, as far as what has arrived tells; None: not known yet."""
         self._run, self._stream, self._config, self._layout = run, stream, config, run.layout
         self._sink, self._signatures, self._group, self._resident = sink, signatures, group, resident
-        self._warn, self._failed = warn, failed
+        self.sequences, self._warn, self._failed = sequences, warn, failed
         self._started = False
         self._delivery = Delivery()
         self._ranks: Ranks | None = None  # from the first sampled step on
@@ -87,7 +91,9 @@ class Publication:
         if not self._joined:
             self._joined = True
             key = f"{self._layout.size} sums every {self._config.every_n_steps} steps"
-            self._ranks = find_ranks(self._layout, self._group, self._stream.blocks[0].module, key)
+            if self.sequences is not None:
+                key = f"{key}, {self.sequences.size} of sequences"
+            self._ranks = find_ranks(self._layout, self._group, self._stream.blocks[0].module, key, self.sequences)
 
     def leave(self) -> None:
         """Meet the other ranks no more."""
@@ -112,20 +118,25 @@ class Publication:
             metrics: those that have not failed.
             wait: until everything that was sent has arrived.
         """
+        sliced = self.sequences is not None
         for step, values in self._delivery.receive(wait=wait):
             if step.reduced and (values := self._merge(step, values)) is None:
                 continue
             sums = self._layout.views(values[: self._layout.size])
             self._look_for_documents(step, sums)
-            if misread := misread_mask(step.number, sums):
-                self._warn(misread, key="misread mask")
+            if misread := misread_mask(step.number, sums, sliced=sliced):
+                if not sliced:
+                    self._warn(misread, key="misread mask")
+                elif not self.stopped:
+                    self._failed(ValueError(misread))
                 continue
             snapshot = step.snapshot(values, self._layout, self._stream.name, self.late_ms)
             self.latest = self._signatures.judged(snapshot, self._run.blocks)
             self.late_ms = 0.0
-            if left_out := documents_left_out(self.latest, sums):
-                self._warn(left_out, key="documents")
-            if short := short_sequences(self.latest, sums, self._config.cka_estimator):
+            left_out = sequences_left_out if sliced else documents_left_out
+            if said := left_out(self.latest, sums):
+                self._warn(said, key="documents")
+            if short := short_sequences(self.latest, sums, self._config.cka_estimator, sliced=sliced):
                 self._warn(short, key="short sequences")
             if "ssm" in metrics and (unread := unread_decays(self.latest, sums, self._run)):
                 self._warn(unread, key="unread decays")

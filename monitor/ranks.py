@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
 from hashlib import blake2b
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float64
+from jaxtyping import Float32, Float64
 from torch import Tensor
 from torch.nn import Module
 
+from repflow.monitor.accumulator import count_sequences, sum_similarity
 from repflow.monitor.delivery import MeasuredStep, Ready, copy_to_host, mean, on_device
+from repflow.monitor.sequence_shards import SequenceGroup
 from repflow.monitor.snapshot import SumLayout
 
 MAX_SCALARS = 16
@@ -34,6 +37,15 @@ class Part(IntEnum):
     """No forward was recorded: its batch was empty, or its step raised."""
     STOPPED = 3
     """Its monitor failed. It brings zeros from then on, so that the others need not wait."""
+
+
+class Packed(NamedTuple):
+    """What a rank brings to the collectives of a step."""
+
+    wire: Float64[Tensor, " size"]
+    """To be added up over all ranks."""
+    slices: Float32[Tensor, " n"] | None
+    """To be added up before that over the ranks that hold slices of the same sequences."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,15 +78,26 @@ class Ranks:
     their names, the number of the step and what the rank brings. Every rank adds the same numbers and has the same
     result.
 
+    Where ranks hold slices of the same sequences, these are first added up over such ranks, in one more collective, and
+    enter the sums of one of them: similarity is no sum over slices.
+
     Args:
         layout: of the sums.
         group: the ranks.
         device: of the vector.
         key: what must agree between the Monitors of the ranks.
+        sequences: those of the ranks that hold slices of the same sequences; None where all have whole ones.
     """
 
-    def __init__(self, layout: SumLayout, group: "dist.ProcessGroup", device: torch.device, key: str) -> None:
-        self._layout, self._group, self._device = layout, group, device
+    def __init__(
+        self,
+        layout: SumLayout,
+        group: "dist.ProcessGroup",
+        device: torch.device,
+        key: str,
+        sequences: SequenceGroup | None = None,
+    ) -> None:
+        self._layout, self._group, self._device, self._sequences = layout, group, device, sequences
         self._aside: torch.cuda.Stream | None = None
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self._maxima = layout.size - layout.num_sums
@@ -105,9 +128,10 @@ class Ranks:
         return self._agreed
 
     @torch.no_grad()
-    def pack(self, step: MeasuredStep, part: Part) -> Float64[Tensor, " size"]:
-        """The vector of this rank. Does not wait for the device."""
+    def pack(self, step: MeasuredStep, part: Part) -> Packed:
+        """The vectors of this rank. Does not wait for the device."""
         with on_device(self._device):
+            slices = None if self._sequences is None else self._slices(step, self._sequences)
             wire = torch.zeros(self.size, dtype=torch.float64, device=self._device)
             sums = self._layout.num_sums
             row = wire[sums:].view(self.world, self._width)[self.rank]
@@ -124,23 +148,54 @@ class Ranks:
                 flat = step.sums.flat.to(self._device, non_blocking=self._device.type == "cuda")
                 wire[:sums] = flat[:sums]
                 row[2 : 2 + self._maxima] = flat[sums:]
-        return wire
+        return Packed(wire, slices)
 
-    def reduce(self, wire: Float64[Tensor, " size"]) -> tuple[Tensor, Ready]:
+    def _slices(self, step: MeasuredStep, sequences: SequenceGroup) -> Float32[Tensor, " n"]:
+        """The slices of this rank; zeros where it has none, so that the others need not wait."""
+        if step.sums is None or step.sums.shards is None:
+            return sequences.zeros(self._device)
+        step.wait_for_events()
+        shards, step.sums.shards = step.sums.shards, None  # large, and of no use while the step is on its way
+        return shards.flat.to(self._device, non_blocking=self._device.type == "cuda")
+
+    def reduce(self, packed: Packed) -> tuple[Tensor, Ready]:
         """Start adding the vectors of all ranks; the sum on the host, and when it is there.
 
-        Neither the host nor, on a GPU, the stream of the training run waits for other ranks.
+        Neither the host nor, on a GPU, the stream of the training run waits for other ranks. On the CPU, the host waits
+        for those that hold slices of the same sequences, as their model did in each of its layers.
         """
+        wire, slices = packed
         with _explained():
             if wire.device.type != "cuda":
+                self._join_slices(wire, slices)
                 return wire, _WorkDone(_add_up(wire, self._group))
             with on_device(wire.device):
                 self._aside = self._aside or torch.cuda.Stream()
                 self._aside.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(self._aside):
+                    self._join_slices(wire, slices)
                     _add_up(wire, self._group).wait()  # makes the stream wait, not the host
-                    wire.record_stream(self._aside)
+                    for sent in (wire, slices):
+                        if sent is not None:
+                            sent.record_stream(self._aside)
                     return copy_to_host(wire)
+
+    @torch.no_grad()
+    def _join_slices(self, wire: Float64[Tensor, " size"], slices: Float32[Tensor, " n"] | None) -> None:
+        """Add up the slices of each sequence; what is whole enters the `wire` of one of the ranks that have it."""
+        if self._sequences is None or slices is None:
+            return
+        _add_up(slices, self._sequences.group).wait()
+        if self._sequences.rank != 0:
+            return
+        whole = self._sequences.whole(slices)
+        flat, sums = self._layout.zeros(wire.device), self._layout.num_sums
+        named = self._layout.views(flat)
+        for name, value in (sum_similarity(whole.lengths, whole.counts) | count_sequences(whole.sizes)).items():
+            named[name].copy_(value)
+        named["documents_left_out"].copy_(whole.torn.sum())
+        wire[:sums] += flat[:sums]
+        wire[sums:].view(self.world, self._width)[self.rank, 2 : 2 + self._maxima] += flat[sums:]
 
     def merge(self, wire: Float64[Tensor, " size"], scalars: Sequence[str]) -> Merged:
         """What a sum of all vectors says; `scalars` are the names that this rank logged."""
@@ -155,7 +210,13 @@ class Ranks:
         )
 
 
-def find_ranks(layout: SumLayout, group: "dist.ProcessGroup | None", block: Module, key: str) -> Ranks | None:
+def find_ranks(
+    layout: SumLayout,
+    group: "dist.ProcessGroup | None",
+    block: Module,
+    key: str,
+    sequences: SequenceGroup | None = None,
+) -> Ranks | None:
     """The ranks of `group`, or of the default group; None where there is no other rank.
 
     Args:
@@ -163,6 +224,7 @@ def find_ranks(layout: SumLayout, group: "dist.ProcessGroup | None", block: Modu
         group: the ranks; None for the default group.
         block: a block of the stream, whose parameters tell the device.
         key: what must agree between the Monitors of the ranks.
+        sequences: those of the ranks that hold slices of the same sequences.
     """
     if not dist.is_available() or not dist.is_initialized():
         return None
@@ -176,7 +238,7 @@ def find_ranks(layout: SumLayout, group: "dist.ProcessGroup | None", block: Modu
         device = (
             torch.device("cuda", torch.cuda.current_device()) if "cuda" in supported else torch.device(supported[0])
         )
-    return Ranks(layout, group, device, key)
+    return Ranks(layout, group, device, key, sequences)
 
 
 def is_first_rank() -> bool:

@@ -79,7 +79,8 @@ class SumLayout:
             "fourth_moment_max": (states,),  # the largest ‖x_c‖⁴ of one token
             "mask_max": (),  # the largest value of a mask that was read as padding only
             "document_max": (),  # the largest value of a mask that was looked through for documents
-            "documents_left_out": (),  # documents of (rows of) a micro-batch for which there was no room
+            # documents of (rows of) a micro-batch for which there was no room, or sequences not measured whole
+            "documents_left_out": (),
         }
 
     @cached_property

@@ -23,8 +23,8 @@ TIERS = (
     },
     {
         *("accumulator", "block_state", "buffer", "capture", "chain", "delivery", "drift", "injection", "masks"),
-        *("metrics", "notices", "positions", "probe", "ranks", "regularizer_checks", "run_info", "ssm", "strength"),
-        *("taps", "term"),
+        *("metrics", "notices", "positions", "probe", "ranks", "regularizer_checks", "run_info"),
+        *("sequence_shards", "ssm", "strength", "taps", "term"),
     },
     {"sinks"},
     {"publication"},

@@ -34,6 +34,7 @@ from tests.monitor.rank_training import (
     watch,
     wrapped,
 )
+from tests.monitor.sequence_scenarios import SLICED
 
 
 def way_of_training(kind: str, rank: int, caught: list[warnings.WarningMessage]) -> dict[str, Any]:
@@ -298,4 +299,5 @@ SCENARIOS: dict[str, Callable[[int, list[warnings.WarningMessage]], dict[str, An
     "regularized, tensor parallel": rank_regularizer.tensor_parallel,
     "probe": partial(probe, None),
     "probe fails": partial(probe, 1),
+    **SLICED,
 }  # fmt: skip

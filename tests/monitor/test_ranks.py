@@ -1,5 +1,6 @@
 """Two ranks, joined by gloo, measure together what one process measures of the whole batch; none waits for ever."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,12 +8,21 @@ import torch
 
 from repflow.monitor import Monitor, MonitorConfig
 from repflow.monitor.snapshot import SumLayout
-from tests.monitor import rank_regularizer, two_ranks
+from tests.monitor import rank_regularizer, toy, two_ranks
 from tests.monitor.rank_scenarios import Stream
-from tests.monitor.rank_training import PLACEMENTS, STEPS, WAYS, batch, one_process, states_and_mask
+from tests.monitor.rank_training import PLACEMENTS, STEPS, WAYS, batch, model, one_process, states_and_mask
+from tests.monitor.sequence_scenarios import EQUAL, OTHERS, expected_similarity, whole
+from tests.monitor.sequence_scenarios import batch as to_cut
 
 Results = list[dict[str, dict[str, Any]]]
 LAYOUT = SumLayout(5)
+
+
+OF_SLICES = (
+    *("adjacent_tokens", "adjacent_tokens_count"),  # by position in the slice
+    *("hsic", "hsic_groups", "hsic_short_groups", "fourth_moment", "fourth_moment_max", "mask_max", "document_max"),
+)
+"""Sums that are those of slices where ranks hold slices of the same sequences."""
 
 
 @pytest.fixture(scope="module")
@@ -200,3 +210,112 @@ def test_a_regularizer_refuses_tensor_parallel_models(ranks: Results) -> None:
         assert (
             "'blocks.0.linear.weight' is sharded by more than FSDP" in results["regularized, tensor parallel"]["said"]
         )
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_slices_of_sequences_equal_whole_ones(ranks: Results, name: str) -> None:
+    """Similarity too, which is no sum over slices. Weights are the same at every step."""
+    first, second = (results[name] for results in ranks)
+    assert first["said"] == second["said"] == [] and steps_of(first) == [(0, ()), (1, ()), (2, ())]
+    assert torch.equal(first["latest"][1], second["latest"][1])
+    for (_, sums, *_), expected in zip(first["snapshots"], whole(EQUAL[name]), strict=True):
+        got, want = LAYOUT.views(sums), LAYOUT.views(expected.sums)
+        for part in set(LAYOUT.shapes) - set(OF_SLICES):
+            torch.testing.assert_close(got[part], want[part], rtol=0, atol=1e-6)
+        assert got["sequences"] > 2 and got["tokens"] > got["sequences"] and got["adjacent_count"].sum() > 0
+        assert name == "without similarity" or LAYOUT.values(sums)["update_inter_token"].isfinite().all()
+
+
+@pytest.mark.parametrize("name", EQUAL | OTHERS)
+def test_two_collectives_of_one_size_each_and_the_same_gradients(ranks: Results, name: str) -> None:
+    case = EQUAL.get(name) or OTHERS[name]
+    width = 0 if "without" in name else case.width or 16
+    slices = ("slices", 64 * (9 * (width + 1) + 1 + 2 * 4), torch.float32)
+    for results in (results[name] for results in ranks):
+        everyone = ("everyone", results["sizes"][1][1], torch.float64)
+        assert results["sizes"] == [slices, everyone] * STEPS and results["same"]
+
+
+@pytest.mark.parametrize("name", ["chosen tokens", "chosen differently", "more than there is room for"])
+def test_sequences_count_of_which_all_ranks_have_the_same(ranks: Results, name: str) -> None:
+    first, case = ranks[0][name], OTHERS[name]
+    for step, sums, *_ in first["snapshots"]:
+        similarity, sequences = expected_similarity(case, step)
+        values = LAYOUT.values(sums)
+        torch.testing.assert_close(values["inter_token"], similarity, rtol=0, atol=1e-6)
+        assert values["sequences"] == sequences > 0
+    if name == "chosen tokens":
+        assert first["said"] == []
+    else:
+        (said,) = first["said"]
+        assert f"left up to {6 if 'room' in name else 1} sequences of a sequence_group out of inter-token" in said
+
+
+@pytest.mark.parametrize("name", ["a hook fails", "a forward is missed", "tokens of unequal slices"])
+def test_a_missing_slice_leaves_no_similarity_and_all_else(ranks: Results, name: str) -> None:
+    first, second = (results[name] for results in ranks)
+    without = {"a hook fails": [1, 2], "a forward is missed": [1], "tokens of unequal slices": [0, 1, 2]}[name]
+    assert steps_of(first) == [(step, (1,) if "fails" in name and step else ()) for step in range(STEPS)]
+    for step, sums, *_ in first["snapshots"]:
+        values = LAYOUT.values(sums)
+        assert values["inter_token"].isnan().all() == values["update_inter_token"].isnan().all() == (step in without)
+        assert (values["sequences"] == 0) == (step in without)
+        assert values["tokens"] > 0 and values["norms"].isfinite().all() and values["v_loc"] > 0
+    assert any("out of inter-token similarity on step" in said for said in first["said"])
+    assert torch.equal(first["latest"][1].nan_to_num(), second["latest"][1].nan_to_num())
+
+
+def test_documents_and_another_width_end_monitoring_of_slices(ranks: Results) -> None:
+    for results in ranks:
+        # It depends on when the step arrives whether the next is measured on both ranks, or on one that says more.
+        (documents,) = [said for said in results["documents"]["said"] if "stopped monitoring:" in said]
+        (width,) = results["another width"]["said"]
+        assert "tell documents apart (up to 2 in a slice)" in documents and "monitor.step(k, mask=...)" in documents
+        assert "expected states of 8 features, as the model's config or norm says, got 16" in width
+        assert results["documents"]["latest"][0] == 0 and results["another width"]["latest"] is None
+
+
+def test_documents_that_end_with_slices_are_refused_too(ranks: Results) -> None:
+    for result in (results["numbered"] for results in ranks):
+        (said,) = result["said"]
+        assert "stopped monitoring at step 1" in said and "got numbers or boundaries of documents" in said
+        assert result["latest"][0] == 0 and LAYOUT.values(result["latest"][1])["sequences"] == 4
+
+
+def test_slices_named_on_one_rank_only_are_not_met(ranks: Results) -> None:
+    first, second = (LAYOUT.values(results["unlike"]["latest"][1]) for results in ranks)
+    assert all("a Monitor with the same choices on every rank" in results["unlike"]["said"][0] for results in ranks)
+    assert first["inter_token"].isnan().all() and first["tokens"] > 0  # only all ranks together could tell
+    assert second["inter_token"].isfinite().all() and second["sequences"] > 0
+
+
+def test_what_does_not_go_with_slices_is_refused(ranks: Results) -> None:
+    for refused in (results["refusals"] for results in ranks):
+        beside = "expected none of probe_batch, skip_first_tokens and reduce=False beside sequence_group, got"
+        assert f"{beside} skip_first_tokens=1" in refused["skip"] and f"{beside} reduce=False" in refused["alone"]
+        assert f"{beside} probe_batch" in refused["probe"] and refused["of one"] == "nothing"
+        assert "expected sequence_group to lie within process_group" in refused["within"]
+        assert "expected sequence_group to be the group that this rank belongs to" in refused["another's"]
+        assert "expected to find the width of the states for sequence_group" in refused["width"]
+
+
+def test_two_batches_each_cut_in_two(tmp_path: Path) -> None:
+    """Four ranks. Where rank 3 brings nothing, the sequences of rank 2 are left out, those of the others not."""
+    results = [result["two by two"] for result in two_ranks.run_both(tmp_path, "gloo", 4)]
+    assert steps_of(results[0]) == [(0, ()), (1, ()), (2, (3,))]
+    assert all(torch.equal(result["latest"][1], results[0]["latest"][1]) for result in results)
+    where = torch.device("cpu")
+    for step, sums, *_ in results[0]["snapshots"]:
+        net, values = model(where), LAYOUT.values(sums)
+        monitor = Monitor(net, MonitorConfig(every_n_steps=1))
+        with monitor.step(0):
+            for pair in (0, 1)[: 2 if step < 2 else 1]:
+                ids, mask = to_cut(step, pair, 3 + pair, 12, where)
+                toy.loss_of(net, ids, mask)
+        monitor.close()
+        assert monitor.latest is not None and values["sequences"] == monitor.latest.sequences == (7 if step < 2 else 3)
+        for name in ("inter_token", "update_inter_token"):
+            torch.testing.assert_close(values[name], getattr(monitor.latest, name), rtol=0, atol=1e-6)
+        if step < 2:
+            torch.testing.assert_close(values["norms"], monitor.latest.norms, rtol=0, atol=1e-6)
+            assert values["tokens"] == monitor.latest.tokens

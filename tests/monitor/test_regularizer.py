@@ -349,7 +349,11 @@ def test_a_schedule_is_asked_for_each_step() -> None:
     assert shown == pytest.approx([0, 0.1, 0.2]) and asked == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("strength", [DualAscent(step_size=0.5, maximum=5.0), lambda step: 0.1 * step, 0.3], ids=str)
+@pytest.mark.parametrize(
+    "strength",
+    [DualAscent(step_size=0.5, maximum=5.0), lambda step: 0.1 * step, 0.3],
+    ids=["controlled", "scheduled", "fixed"],
+)
 def test_resuming_is_as_if_never_stopped(strength: Any) -> None:
     whole, first = regularizing.model(), regularizing.model()
     want = train(attached(whole, target=0.1, strength=strength, loss_scale=1.0), whole)
@@ -428,7 +432,6 @@ def test_nothing_is_left_behind() -> None:
         ({"strength": "strong"}, TypeError, "a number, a function of the step, or a DualAscent"),
         ({"term": "other"}, ValueError, 'term="similarity" or "contrastive"'),
     ],
-    ids=str,
 )
 def test_wrong_choices(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
