@@ -138,8 +138,10 @@ class Accumulator:
     def _count_tokens(self, groups: Tensor | Groups | None, shape: tuple[int, ...]) -> None:
         if groups is None:
             rows, tokens = shape
-            names = ("tokens", "sequences", "short_sequences") if self.shards is None else ("tokens",)
-            _add_each([self._sums[name] for name in names], [rows * tokens, rows, rows * (tokens < 2)][: len(names)])
+            counts = {"tokens": rows * tokens}
+            if self.shards is None:
+                counts |= {"sequences": rows, "short_sequences": rows * (tokens < 2)}
+            _add_each([self._sums[name] for name in counts], list(counts.values()))
             return
         sizes = groups.sizes if isinstance(groups, Groups) else groups.sum(1)
         tokens = groups.valid.sum() if isinstance(groups, Groups) else sizes.sum()

@@ -35,8 +35,8 @@ class Selection:
     shape: tuple[int, int]
     """(R, K)."""
     numbers: tuple[int, ...] | None = None
-    """`rows` on the host, where they are few enough to be copied one by one: a GPU gathers them at a quarter of the
-    speed of its memory."""
+    """`rows` on the host, where they are few enough to be named one by one: `index_select` of a few long rows is far
+    from the speed of a GPU's memory."""
 
     def take(self, values: Shaped[Tensor, "..."], dim: int = 0) -> Shaped[Tensor, "..."]:
         """The chosen part of `values`, whose dimensions `dim` and `dim` + 1 are rows and tokens.
