@@ -1,9 +1,10 @@
 """What every test starts from: fixed seeds, fresh tensors full of NaN, and nobody to talk to."""
 
+import gc
 import importlib.util
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -38,6 +39,19 @@ def untyped() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def newly_armed() -> Callable[[], set[int]]:
+    """Numbers of the taps that have been armed since the test began, and still are.
+
+    A regularizer stays armed as long as its model lives: those of earlier tests may wait for the garbage collector.
+    """
+    from repflow.monitor.taps import _ARMED
+
+    gc.collect()
+    before = set(_ARMED)
+    return lambda: set(_ARMED) - before
 
 
 def load(name: str) -> ModuleType:

@@ -4,7 +4,7 @@ import copy
 import functools
 import gc
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from repflow.monitor import Monitor, MonitorConfig
-from repflow.monitor.taps import _ARMED, is_compiled
+from repflow.monitor.taps import is_compiled
 from tests.monitor import toy
 from tests.monitor.compiling import STYLES, compile_model, graphs_and_breaks
 from tests.monitor.test_capture import captured, hooks
@@ -26,12 +26,12 @@ pytestmark = pytest.mark.usefixtures("untyped", "fresh_compiler")
 
 
 @pytest.fixture
-def fresh_compiler() -> Iterator[None]:
+def fresh_compiler(newly_armed: Callable[[], set[int]]) -> Iterator[None]:
     torch.compiler.reset()
     graphs_and_breaks()
     yield
     torch.compiler.reset()
-    assert not _ARMED
+    assert not newly_armed()
 
 
 def train(model: nn.Module, monitor: Monitor | None = None, seed: int = 0) -> list[float]:

@@ -18,7 +18,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from repflow.monitor import Monitor, MonitorConfig, open_run
 from repflow.monitor.sinks import RunFileSink
-from repflow.monitor.taps import _ARMED
 from tests.monitor import toy
 from tests.monitor.test_capture import captured, hooks
 
@@ -58,7 +57,7 @@ def forbid_repflow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("armed", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_copies_of_a_monitored_model(compiled: bool, armed: bool, monkeypatch) -> None:
+def test_copies_of_a_monitored_model(compiled: bool, armed: bool, newly_armed, monkeypatch) -> None:
     """Deep copies, averages and whole saved models train as the original does, unseen; they load without repflow."""
     model = build(compiled)
     with torch.random.fork_rng():
@@ -95,7 +94,7 @@ def test_copies_of_a_monitored_model(compiled: bool, armed: bool, monkeypatch) -
     again.close()
     assert again.latest is not None and again.latest.tokens == 48
     monitor.close()
-    assert hooks(model) == 0 and not _ARMED
+    assert hooks(model) == 0 and not newly_armed()
 
 
 def test_a_model_that_holds_its_monitor() -> None:
@@ -171,7 +170,7 @@ def living() -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_nothing_grows_with_the_steps(compiled: bool) -> None:
+def test_nothing_grows_with_the_steps(compiled: bool, newly_armed) -> None:
     """Batches of changing size, evaluation, and steps that raise, which leave nothing either."""
     model = build(compiled)
     monitor = Monitor(model, MonitorConfig(every_n_steps=2))
@@ -192,7 +191,7 @@ def test_nothing_grows_with_the_steps(compiled: bool) -> None:
             monitor.log(loss=torch.ones(()))
         monitor.flush()
         gradients.append([parameter.grad for parameter in model.parameters()])
-        counts.append((*living(), hooks(model), len(_ARMED), monitor._capture.buffer.nbytes))
+        counts.append((*living(), hooks(model), len(newly_armed()), monitor._capture.buffer.nbytes))
 
     run(range(20))
     run(range(20, 40))
