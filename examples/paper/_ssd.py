@@ -4,6 +4,7 @@ What transformers falls back on writes out a product for every pair of tokens of
 the same; the weights, and so the checkpoints, are those of transformers.
 """
 
+import functools
 from types import MethodType
 from typing import Any
 
@@ -55,6 +56,26 @@ def scan(x: Tensor, dt: Tensor, rate: Tensor, b: Tensor, c: Tensor, chunk: int =
     return (inside + carried).movedim(2, 3).flatten(1, 2)[:, :tokens]
 
 
+def convolve(values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Each feature with its own few weights over the last tokens, as sums a compiler joins with what is around them.
+
+    The convolution of a library wants tokens last, and is slow where each feature has weights of its own.
+
+    Args:
+        values: `[B, T, C]`.
+        weight: `[C, 1, W]`, the last of the W weights for the token itself.
+        bias: `[C]`.
+
+    Returns:
+        `[B, T, C]`.
+    """
+    tokens, width = values.shape[1], weight.shape[-1]
+    padded = pad(values, (0, 0, width - 1, 0))
+    terms = [padded[:, tap : tap + tokens] * weight[:, 0, tap] for tap in range(width)]
+    total = functools.reduce(torch.add, terms if bias is None else [*terms, bias])
+    return total.to(values.dtype)
+
+
 def _chunks(values: Tensor, chunk: int) -> Tensor:
     missing = -values.shape[1] % chunk
     return pad(values, (0, 0) * (values.ndim - 2) + (0, missing)).unflatten(1, (-1, chunk))
@@ -68,11 +89,11 @@ def _later(size: int, device: torch.device, first: int = 1) -> Tensor:
 def _mix(mixer: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
     """A Mamba-2 mixer of transformers, of one group, without a cache."""
     assert mixer.n_groups == 1
-    tokens, state = hidden_states.shape[1], mixer.ssm_state_size
+    state = mixer.ssm_state_size
     gate, mixed, dt = mixer.in_proj(hidden_states).split(
         [mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], dim=-1
     )
-    mixed = silu(mixer.conv1d(mixed.mT)[..., :tokens].mT)
+    mixed = silu(convolve(mixed, mixer.conv1d.weight, mixer.conv1d.bias))
     x, b, c = mixed.split([mixer.intermediate_size, state, state], dim=-1)
     dt = softplus(dt.float() + mixer.dt_bias.float()).clamp(*mixer.time_step_limit)
     x = x.unflatten(-1, (mixer.num_heads, mixer.head_dim))
