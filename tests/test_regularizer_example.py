@@ -67,19 +67,29 @@ def test_with_and_without_begin_alike_and_part(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_all_are_compared(monkeypatch: pytest.MonkeyPatch, capsys: Any, corpus_folder: Path, tmp_path: Path) -> None:
-    """One of two models is there already; the other is trained by a process of its own."""
+    """One of two models is there already, and a pilot of 20 steps in 2 seconds; the other is trained by a process."""
     shutil.copytree(corpus_folder, tmp_path / "work" / "corpus")
-    trained(monkeypatch, corpus_folder, "work/transformer-without-0", "--strength", "none")
-    places = ("--work", "work", "--results", "results", "--families", "transformer", "--seeds", 0, *TINY)
+    without = trained(monkeypatch, corpus_folder, "work/transformer-without-0", "--strength", "none")
+    (tmp_path / "work/transformer-pilot-0").mkdir()
+    (tmp_path / "work/transformer-pilot-0/result.json").write_text(json.dumps(without | {"steps": 20, "seconds": 2.0}))
+    options = [option for option in TINY if option not in ("--steps", "10")]
+    places = ("--work", "work", "--results", "results", "--families", "transformer", "--seeds", 0, "--seconds", 1)
     with pytest.raises(SystemExit) as ended:
-        run_script(monkeypatch, "compare.py", *places)
+        run_script(monkeypatch, "compare.py", *places, *options)
     assert ended.value.code == 0, capsys.readouterr().out
     runs, summary = read(Path("results/runs.csv")), read(Path("results/summary.csv"))
     assert [(row["regularizer"], row["pairs"]) for row in runs] == [
         (arm, pairs) for arm in ("without", "with") for pairs in ("2", "5", "9")
     ]
     assert len(summary) == 6 and all(row["seeds"] == "1" and row["text_nats_std"] == "0.0" for row in summary)
-    assert len(read(Path("results/similarity.csv"))) == 2 * 2 * 4
+    curves = read(Path("results/similarity.csv"))
+    assert len(curves) == 2 * 2 * 4
+    (reached,) = (float(row["inter_token"]) for row in curves[:8] if (row["step"], row["state"]) == ("5", "1"))
+    assert {row["target"] for row in runs} == {"", str(round(reached / 2, 4))} and runs[3]["steps"] == "10"
+    run_script(monkeypatch, "draw.py", "results")
+    for name in ("similarity", "retrieval"):
+        assert Path(f"results/{name}.png").stat().st_size > 10_000
+        assert "State-space" not in (drawn := Path(f"results/{name}.svg").read_text()) and "Transformer" in drawn
 
 
 def test_a_strength_is_a_number_or_a_word(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

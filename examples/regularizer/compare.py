@@ -2,9 +2,11 @@
 
 python compare.py --seconds 300 --work regularizer-work --results examples/regularizer/results
 
-As many models train at once as there are GPUs. The results folder gets runs.csv, one row for each model and context
-length; similarity.csv, the similarity by depth and step of each; and summary.csv, means and standard deviations over
-seeds. A model whose result is there already is not trained again.
+A pilot of each family tells how many steps these seconds are; all its models train for as many. Those without the
+regularizer come first: the target of the others is a share of the similarity that they end with. As many models train
+at once as there are GPUs. The results folder gets runs.csv, one row for each model and context length; similarity.csv,
+the similarity by depth and step of each; and summary.csv, means and standard deviations over seeds. A model whose
+result is there already is not trained again.
 """
 
 import argparse
@@ -12,7 +14,9 @@ import csv
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -27,22 +31,38 @@ from run import call, visible
 HERE = Path(__file__).resolve().parent
 FAMILIES = ("ssm", "hybrid", "transformer")
 """The slowest to compile first."""
-ARMS = {"without": "none", "with": "controlled"}
+STRENGTHS = {"pilot": "none", "without": "none", "with": "controlled"}
+"""By arm."""
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model."""
+
+    family: str
+    arm: str
+    seed: int
+
+    def __str__(self) -> str:
+        """Its name, such as `ssm-with-0`."""
+        return f"{self.family}-{self.arm}-{self.seed}"
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
     """Read the command line; what is not known here is for regularize.py."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Further options are passed on to regularize.py, such as --target 0.2, --steps 2000 or --tiny.",
+        epilog="Further options are passed on to regularize.py, such as --maximum 0.5 or --tiny.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--seconds", type=float, default=300, help="of training, of each model")
+    parser.add_argument("--steps", type=int, help="optimizer steps instead; no pilots are trained")
+    parser.add_argument("--share", type=float, default=0.5, help="of the similarity without: the target with")
     parser.add_argument("--text", type=Path, help="folder of text; installed Python packages if left out")
     parser.add_argument("--text-mib", type=float, default=64, help="most text to read")
     parser.add_argument("--work", type=Path, default=Path("regularizer-work"))
@@ -54,64 +74,91 @@ def main() -> int:
     """Train all of them and gather the results; 0 if nothing failed."""
     options, passed = parse()
     _corpus.prepare(options.work / "corpus", options.text_mib, options.text)
+    steps = dict.fromkeys(options.families, options.steps)
+    if options.steps is None:
+        pilots = [Run(family, "pilot", 0) for family in options.families]
+        short = ["--seconds", options.seconds / 10, "--samples", 1]
+        steps = {run.family: steps_in(options, run) for run in train(pilots, options, lambda _: [*short, *passed])}
+    runs = [Run(family, "without", seed) for seed in options.seeds for family in steps]
+    trained = train(runs, options, lambda run: ["--steps", steps[run.family], *passed])
+    targets = {family: target_of(options, family, trained) for family in {run.family for run in trained}}
+    runs = [Run(run.family, "with", run.seed) for run in trained]
+    trained += train(
+        runs, options, lambda run: ["--steps", steps[run.family], "--target", targets[run.family], *passed]
+    )
+    if trained:
+        gather(trained, options)
+    return int(len(trained) < 2 * len(options.seeds) * len(options.families))
+
+
+def train(runs: list[Run], options: argparse.Namespace, arguments: Callable[[Run], list[object]]) -> list[Run]:
+    """Train models in processes of their own, as many at once as there are GPUs; those that ended well."""
     gpus = torch.cuda.device_count()
     free: Queue[int | None] = Queue()
     for gpu in range(gpus) if gpus else [None]:
         free.put(gpu)
 
-    def one(run: tuple[int, str, str]) -> bool:
+    def one(run: Run) -> bool:
+        folder, log = options.work / str(run), options.work / "logs" / f"{run}.log"
+        if (folder / "result.json").exists():  # written last
+            return True
+        about = ["--family", run.family, "--strength", STRENGTHS[run.arm], "--seed", run.seed, "-o", folder]
+        command = [sys.executable, HERE / "regularize.py", "--corpus", options.work / "corpus", *arguments(run), *about]
         gpu = free.get()
         try:
-            done = train(run, options, passed, gpu)
+            done = call(command, log, {} if gpu is None else {"CUDA_VISIBLE_DEVICES": visible(gpu)})
         finally:
             free.put(gpu)
-        print(f"{name_of(run)}: {'trained' if done else f'failed; see {log_of(options, run)}'}", flush=True)
+        print(f"{run}: {'trained' if done else f'failed; see {log}'}", flush=True)
         return done
 
-    runs = [(seed, family, arm) for seed in options.seeds for family in options.families for arm in ARMS]
     with ThreadPoolExecutor(max(1, gpus)) as pool:
-        trained = [run for run, done in zip(runs, pool.map(one, runs), strict=True) if done]
-    if trained:
-        gather(trained, options)
-    return int(len(trained) < len(runs))
+        return [run for run, done in zip(runs, pool.map(one, runs), strict=True) if done]
 
 
-def name_of(run: tuple[int, str, str]) -> str:
-    """What a run is called, such as `ssm-with-0`."""
-    seed, family, arm = run
-    return f"{family}-{arm}-{seed}"
+def result_of(options: argparse.Namespace, run: Run) -> dict[str, Any]:
+    """What a model's process wrote last."""
+    return json.loads((options.work / str(run) / "result.json").read_text())
 
 
-def log_of(options: argparse.Namespace, run: tuple[int, str, str]) -> Path:
-    """Where its process writes what it has to say."""
-    return options.work / "logs" / f"{name_of(run)}.log"
+def curve_of(options: argparse.Namespace, run: Run) -> list[dict[str, str]]:
+    """Similarity of every state at every sampled step."""
+    with (options.work / str(run) / "similarity.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
-def train(run: tuple[int, str, str], options: argparse.Namespace, passed: list[str], gpu: int | None) -> bool:
-    """Train one model in a process of its own, on one GPU."""
-    folder = options.work / name_of(run)
-    if (folder / "result.json").exists():  # written last
-        return True
-    seed, family, arm = run
-    arguments = ["--family", family, "--strength", ARMS[arm], "--seed", seed, "--seconds", options.seconds]
-    corpus = ["--corpus", options.work / "corpus", "-o", folder]
-    command = [sys.executable, HERE / "regularize.py", *arguments, *corpus, *passed]
-    return call(command, log_of(options, run), {} if gpu is None else {"CUDA_VISIBLE_DEVICES": visible(gpu)})
+def steps_in(options: argparse.Namespace, pilot: Run) -> int:
+    """How many steps the seconds are, at the speed of a pilot."""
+    found = result_of(options, pilot)
+    return max(1, round(options.seconds * found["steps"] / found["seconds"]))
 
 
-def gather(runs: list[tuple[int, str, str]], options: argparse.Namespace) -> None:
+def target_of(options: argparse.Namespace, family: str, trained: list[Run]) -> float:
+    """The share of the similarity that the models without end with, over the states that the term will act on."""
+    similarities = [
+        last_similarity(curve_of(options, run), part)
+        for run in trained
+        if run.family == family
+        for part in result_of(options, run)["choices"]["layers"]
+    ]
+    return round(options.share * statistics.mean(similarities), 4)
+
+
+def gather(runs: list[Run], options: argparse.Namespace) -> None:
     """Write the three tables."""
     options.results.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     curves: list[Row] = []
-    for seed, family, arm in runs:
-        folder = options.work / name_of((seed, family, arm))
-        about = {"family": family, "regularizer": arm, "seed": seed}
-        found = json.loads((folder / "result.json").read_text())
-        with (folder / "similarity.csv").open(newline="") as file:
-            curve = list(csv.DictReader(file))
+    for run in runs:
+        found, curve = result_of(options, run), curve_of(options, run)
+        about = {"family": run.family, "regularizer": run.arm, "seed": run.seed}
         curves += [about | row for row in curve]
         shared = {"text_nats": found["text"]["nats_per_token"], "steps": found["steps"], "seconds": found["seconds"]}
+        acted = found["regularizer"]
+        shared |= {
+            "target": found["choices"]["target"] if acted else "",
+            "strength": statistics.mean(acted["strength"]) if acted else "",
+        }
         shared |= {f"{part}_similarity": last_similarity(curve, part) for part in PARTS}
         rows += [
             about | shared | {key: judged[key] for key in ("pairs", "prompt_tokens", "first", "whole")}

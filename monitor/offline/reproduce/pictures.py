@@ -19,7 +19,7 @@ from repflow.monitor.offline.reproduce.written import Result
 
 INK, GRID = "#1c2126", "#d9dde1"
 """Of text and axes, and of the lines behind curves: the page gives them the colours of its theme."""
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,
@@ -59,11 +59,14 @@ _DRAWERS = {
 
 def draw_result(folder: Path, result: Result) -> Sequence[Path]:
     """Draw one target beside its data."""
-    paths = [folder / f"{result.target}.{kind}" for kind in ("png", "svg")]
-    with rc_context(_STYLE):
-        figure: Figure = _DRAWERS[result.target](result)
-        # Without the date and the versions that a file would otherwise carry.
-        figure.savefig(paths[0], dpi=160, metadata={"Software": None})
-        figure.set_layout_engine("none")  # everything has its place now; finding it takes longer than drawing
-        figure.savefig(paths[1], metadata={"Date": None, "Creator": None})
+    with rc_context(STYLE):
+        return save_picture(_DRAWERS[result.target](result), folder, result.target)
+
+
+def save_picture(figure: Figure, folder: Path, name: str) -> Sequence[Path]:
+    """As PNG and SVG, without the date and the versions that a file would otherwise carry."""
+    paths = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
+    figure.savefig(paths[0], dpi=160, metadata={"Software": None})
+    figure.set_layout_engine("none")  # everything has its place now; finding it takes longer than drawing
+    figure.savefig(paths[1], metadata={"Date": None, "Creator": None})
     return paths

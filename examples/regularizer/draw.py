@@ -1,0 +1,114 @@
+"""Draws what compare.py has gathered: similarity and retrieval, as PNG and SVG beside the tables.
+
+python draw.py examples/regularizer/results
+"""
+
+import argparse
+import csv
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from regularize import CHOSEN, PARTS
+
+from repflow.monitor.offline.reproduce.pictures import STYLE, save_picture
+
+ARMS = {"without": "#5f6b76", "with": "#c2410c"}
+"""What is drawn, with its colour."""
+TITLES = {"transformer": "Transformer", "ssm": "State-space model", "hybrid": "Hybrid"}
+
+Row = dict[str, str]
+
+
+def main() -> None:
+    """Read the tables and draw both pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="?", default=Path(__file__).resolve().parent / "results")
+    folder = parser.parse_args().results
+    similarity, runs = read(folder / "similarity.csv"), read(folder / "runs.csv")
+    with rc_context(STYLE):
+        for name, figure in (("similarity", draw_similarity(similarity)), ("retrieval", draw_retrieval(runs))):
+            print(*save_picture(figure, folder, name), sep="\n")
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a table."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def draw_similarity(rows: list[Row]) -> Figure:
+    """Over depth at the end, above; below over the steps, the mean of the states that the term acts on."""
+    families = [family for family in TITLES if any(row["family"] == family for row in rows)]
+    figure = Figure(figsize=(3.3 * len(families), 5.2), layout="constrained")
+    axes: Any = figure.subplots(2, len(families), squeeze=False)
+    for column, family in enumerate(families):
+        depth, time = axes[0, column], axes[1, column]
+        last = max(int(row["state"]) for row in rows if row["family"] == family)
+        acted = {state for part in CHOSEN[family] for state in PARTS[part](last)}
+        for state in acted:
+            depth.axvspan(state - 0.5, state + 0.5, color="#fbe9df", linewidth=0)
+        for arm in ARMS:
+            of_arm = [row for row in rows if row["family"] == family and row["regularizer"] == arm]
+            end = max((int(row["step"]) for row in of_arm), default=0)
+            band(depth, arm, (row for row in of_arm if int(row["step"]) == end), lambda row: int(row["state"]))
+            band(time, arm, (row for row in of_arm if int(row["state"]) in acted), lambda row: int(row["step"]))
+        depth.set(title=TITLES[family], xlabel="state h^(l)", ylabel="inter-token similarity")
+        time.set(xlabel="optimizer step", ylabel="similarity of the shaded states")
+    axes[0, 0].legend(title="regularizer")
+    return figure
+
+
+def band(axes: Any, arm: str, rows: Iterable[Row], place: Callable[[Row], int]) -> None:
+    """The mean over seeds of the mean at each place, and the range of the seeds around it."""
+    values: dict[int, dict[str, list[float]]] = {}
+    for row in rows:
+        values.setdefault(place(row), {}).setdefault(row["seed"], []).append(float(row["inter_token"]))
+    places = sorted(values)
+    seeds = [[statistics.mean(found) for found in values[at].values()] for at in places]
+    axes.fill_between(places, *zip(*((min(found), max(found)) for found in seeds), strict=True), color=ARMS[arm],
+                      alpha=0.2, linewidth=0)  # fmt: skip
+    axes.plot(places, [statistics.mean(found) for found in seeds], color=ARMS[arm], label=arm)
+
+
+def draw_retrieval(rows: list[Row]) -> Figure:
+    """Share of answers retrieved whole by context length, and loss on text: each seed a dot, their mean a bar."""
+    families = [family for family in TITLES if any(row["family"] == family for row in rows)]
+    figure = Figure(figsize=(3.3 * len(families), 5.2), layout="constrained")
+    axes: Any = figure.subplots(2, len(families), squeeze=False)
+    for column, family in enumerate(families):
+        of_family = [row for row in rows if row["family"] == family]
+        lengths = {row["pairs"]: f"{row['pairs']} pairs\n{row['prompt_tokens']} tokens" for row in of_family}
+        text = [row for row in of_family if row["pairs"] == next(iter(lengths))]
+        bars(axes[0, column], of_family, list(lengths), lambda row: row["pairs"], "whole")
+        axes[0, column].set_xticks(range(len(lengths)), lengths.values())
+        axes[0, column].set(title=TITLES[family], ylabel="answers retrieved whole", ylim=(0, 1.03))
+        bars(axes[1, column], text, [""], lambda _: "", "text_nats")
+        found = [float(row["text_nats"]) for row in text]
+        room = max(0.02, max(found) - min(found))
+        axes[1, column].set(
+            xticks=[], ylabel="loss on text, nats per token", ylim=(min(found) - room, max(found) + room)
+        )
+    axes[0, 0].legend(title="regularizer")
+    return figure
+
+
+def bars(axes: Any, rows: list[Row], groups: list[str], group_of: Callable[[Row], str], name: str) -> None:
+    """A bar for each arm in each group."""
+    for number, (arm, colour) in enumerate(ARMS.items()):
+        label: str | None = arm
+        for place, group in enumerate(groups):
+            found = [float(row[name]) for row in rows if row["regularizer"] == arm and group_of(row) == group]
+            if not found:
+                continue
+            at = place + 0.36 * (number - 0.5)
+            axes.bar(at, statistics.mean(found), 0.32, color=colour, alpha=0.55, label=label)
+            axes.scatter([at] * len(found), found, color=colour, s=12, zorder=3)
+            label = None
+
+
+if __name__ == "__main__":
+    main()
