@@ -12,6 +12,7 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from regularize import CHOSEN, PARTS
 
 from repflow.monitor.offline.reproduce.pictures import STYLE, save_picture
@@ -56,6 +57,7 @@ def draw_similarity(rows: list[Row]) -> Figure:
             end = max((int(row["step"]) for row in of_arm), default=0)
             band(depth, arm, (row for row in of_arm if int(row["step"]) == end), lambda row: int(row["state"]))
             band(time, arm, (row for row in of_arm if int(row["state"]) in acted), lambda row: int(row["step"]))
+        depth.xaxis.set_major_locator(MaxNLocator(integer=True))
         depth.set(title=TITLES[family], xlabel="state h^(l)", ylabel="inter-token similarity")
         time.set(xlabel="optimizer step", ylabel="similarity of the shaded states")
     axes[0, 0].legend(title="regularizer")
@@ -75,7 +77,7 @@ def band(axes: Any, arm: str, rows: Iterable[Row], place: Callable[[Row], int]) 
 
 
 def draw_retrieval(rows: list[Row]) -> Figure:
-    """Share of answers retrieved whole by context length, and loss on text: each seed a dot, their mean a bar."""
+    """Share of answers retrieved whole by context length, and loss on text: each seed a dot, and their mean."""
     families = [family for family in TITLES if any(row["family"] == family for row in rows)]
     figure = Figure(figsize=(3.3 * len(families), 5.2), layout="constrained")
     axes: Any = figure.subplots(2, len(families), squeeze=False)
@@ -83,21 +85,18 @@ def draw_retrieval(rows: list[Row]) -> Figure:
         of_family = [row for row in rows if row["family"] == family]
         lengths = {row["pairs"]: f"{row['pairs']} pairs\n{row['prompt_tokens']} tokens" for row in of_family}
         text = [row for row in of_family if row["pairs"] == next(iter(lengths))]
-        bars(axes[0, column], of_family, list(lengths), lambda row: row["pairs"], "whole")
+        means(axes[0, column], of_family, list(lengths), lambda row: row["pairs"], "whole")
         axes[0, column].set_xticks(range(len(lengths)), lengths.values())
-        axes[0, column].set(title=TITLES[family], ylabel="answers retrieved whole", ylim=(0, 1.03))
-        bars(axes[1, column], text, [""], lambda _: "", "text_nats")
-        found = [float(row["text_nats"]) for row in text]
-        room = max(0.02, max(found) - min(found))
-        axes[1, column].set(
-            xticks=[], ylabel="loss on text, nats per token", ylim=(min(found) - room, max(found) + room)
-        )
+        axes[0, column].set(title=TITLES[family], ylabel="answers retrieved whole", ylim=(-0.03, 1.03))
+        means(axes[1, column], text, [""], lambda _: "", "text_nats")
+        axes[1, column].set(xticks=[], xlim=(-0.8, 0.8), ylabel="loss on text, nats per token")
+        axes[1, column].margins(y=0.5)
     axes[0, 0].legend(title="regularizer")
     return figure
 
 
-def bars(axes: Any, rows: list[Row], groups: list[str], group_of: Callable[[Row], str], name: str) -> None:
-    """A bar for each arm in each group."""
+def means(axes: Any, rows: list[Row], groups: list[str], group_of: Callable[[Row], str], name: str) -> None:
+    """A dot for each seed and a line at their mean, for each arm in each group."""
     for number, (arm, colour) in enumerate(ARMS.items()):
         label: str | None = arm
         for place, group in enumerate(groups):
@@ -105,8 +104,8 @@ def bars(axes: Any, rows: list[Row], groups: list[str], group_of: Callable[[Row]
             if not found:
                 continue
             at = place + 0.36 * (number - 0.5)
-            axes.bar(at, statistics.mean(found), 0.32, color=colour, alpha=0.55, label=label)
-            axes.scatter([at] * len(found), found, color=colour, s=12, zorder=3)
+            axes.plot([at - 0.14, at + 0.14], [statistics.mean(found)] * 2, color=colour, label=label)
+            axes.scatter([at] * len(found), found, color=colour, s=14, alpha=0.6, linewidth=0, zorder=3)
             label = None
 
 
