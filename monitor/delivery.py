@@ -12,7 +12,8 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from repflow.monitor.accumulator import Accumulator
-from repflow.monitor.snapshot import Snapshot, SumLayout
+from repflow.monitor.snapshot import Snapshot
+from repflow.monitor.sum_layout import SumLayout
 
 
 @runtime_checkable

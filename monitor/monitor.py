@@ -12,7 +12,8 @@ from torch.nn import Module
 
 from repflow.monitor.accumulator import Accumulator
 from repflow.monitor.buffer import CaptureBuffer
-from repflow.monitor.capture import Capture, CapturedForward
+from repflow.monitor.capture import Capture
+from repflow.monitor.captured import CapturedForward
 from repflow.monitor.config import Metric, MonitorConfig
 from repflow.monitor.delivery import MeasuredStep, step_number
 from repflow.monitor.probe import Probe, ProbeBatch

@@ -17,7 +17,7 @@ from repflow.monitor.report._kinds import add_kind_strip, kind_pattern, segments
 from repflow.monitor.report._page import render_content
 from repflow.monitor.report._runs import BASELINE_COLOR, Run, load_runs
 from repflow.monitor.sinks import open_run
-from repflow.monitor.snapshot import POSITION_BINS
+from repflow.monitor.sum_layout import POSITION_BINS
 from tests.report_page import PAGE, page_text
 
 ALERT = {
