@@ -50,6 +50,11 @@ class MeasuredStep:
     silent_ranks: tuple[int, ...] = ()
     """Ranks that measured nothing of it."""
 
+    @property
+    def forwards(self) -> int:
+        """Micro-batches that were added so far."""
+        return 0 if self.sums is None else self.sums.forwards
+
     def log(self, name: str, value: object) -> None:
         """Keep a scalar of the training loop; several values of a name are averaged. Tensors are not waited for.
 
