@@ -142,28 +142,7 @@ class Monitor:
             warn=self._warn,
             failed=weakly(self._stop),
         )
-        self._decays = DecayTaps(
-            self.stream,
-            skip_first=self.config.skip_first_tokens,
-            failed=functools.partial(weakly(self._drop_metric), "ssm"),
-            choose=weakly(self._choose_for_decays),
-        )
-        buffer = CaptureBuffer(self.config.max_memory_mib)
-        self._tokens = TokenChoice(
-            self.config, self.run.num_states, buffer, fixed=self._probe is not None, warn=self._warn
-        )
-        self._capture = Capture(
-            stream=self.stream,
-            final_norm=self.config.states == "hf",
-            buffer=buffer,
-            choose=weakly(self._choose),
-            on_forward=weakly(self._add),
-            run=weakly(self._run),
-            resident=resident,
-            training_only=self._probe is None,
-            sliced=sequences is not None,
-            inner=self._decays.hooks() if "ssm" in self._metrics else (),
-        )
+        self._attach(resident=resident, sliced=sequences is not None)
 
     @property
     def enabled(self) -> bool:
@@ -294,6 +273,31 @@ class Monitor:
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """A copy of what holds a monitor, such as an EMA of a model that has it as an attribute, has None there."""
         return type(None), ()
+
+    def _attach(self, *, resident: bool, sliced: bool) -> None:
+        """Make what reads the model: nothing of it is there before `_arm`, unless it is resident."""
+        self._decays = DecayTaps(
+            self.stream,
+            skip_first=self.config.skip_first_tokens,
+            failed=functools.partial(weakly(self._drop_metric), "ssm"),
+            choose=weakly(self._choose_for_decays),
+        )
+        buffer = CaptureBuffer(self.config.max_memory_mib)
+        self._tokens = TokenChoice(
+            self.config, self.run.num_states, buffer, fixed=self._probe is not None, warn=self._warn
+        )
+        self._capture = Capture(
+            stream=self.stream,
+            final_norm=self.config.states == "hf",
+            buffer=buffer,
+            choose=weakly(self._choose),
+            on_forward=weakly(self._add),
+            run=weakly(self._run),
+            resident=resident,
+            training_only=self._probe is None,
+            sliced=sliced,
+            inner=self._decays.hooks() if "ssm" in self._metrics else (),
+        )
 
     def _current(self) -> MeasuredStep:
         if self._step is None:
