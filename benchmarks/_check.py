@@ -4,9 +4,9 @@ import torch
 
 from repflow.monitor import Monitor, Snapshot
 from repflow.monitor.accumulator import Accumulator
-from repflow.monitor.capture import CapturedForward
+from repflow.monitor.captured import CapturedForward
 from repflow.monitor.config import Metric
-from repflow.monitor.snapshot import SumLayout
+from repflow.monitor.sum_layout import SumLayout
 from repflow.triton_kernels._dispatch import force
 
 EXACT = ("tokens", "sequences", "nonfinite", "zero")

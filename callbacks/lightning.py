@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from repflow._imports import LIGHTNING, PYTORCH_LIGHTNING, require
-from repflow.callbacks._choices import Choices, run_file_of
+from repflow.callbacks._choices import Choices, GivenGroup, run_file_of
 from repflow.monitor import Monitor, MonitorConfig, RunInfo, Snapshot
 from repflow.monitor.probe import ProbeBatch
 from repflow.monitor.sinks import AbstractSink, LoggerSink
@@ -49,6 +49,11 @@ class RepresentationMonitor(Callback):
         log_states: which states become scalars in the loggers: "auto", "all", or their numbers.
         probe_batch: measure this batch every time instead of the training batches; see `repflow.monitor.Monitor`. It is
             given to the `forward` of the LightningModule, in the trainer's precision.
+        process_group: the ranks that share a batch; see `repflow.monitor.Monitor`. A group, or a function that takes
+            the Trainer and gives it when fitting starts, for groups that are made after the callback, as
+            `lambda trainer: trainer.strategy.device_mesh["data_parallel"].get_group()`. It is called on every rank, and
+            not at all where torch.distributed is not in use.
+        sequence_group: the ranks that hold slices of the same sequences; given likewise.
         options: fields of `MonitorConfig`.
 
     Raises:
@@ -66,6 +71,8 @@ class RepresentationMonitor(Callback):
         name: str | None = None,
         log_states: StateChoice = "auto",
         probe_batch: ProbeBatch | None = None,
+        process_group: GivenGroup = None,
+        sequence_group: GivenGroup = None,
         **options: Any,
     ) -> None:
         self._choices = Choices.checked(
@@ -78,6 +85,8 @@ class RepresentationMonitor(Callback):
             name=name,
             log_states=log_states,
             probe_batch=probe_batch,
+            process_group=process_group,
+            sequence_group=sequence_group,
         )
         self.config = self._choices.config
         self.monitor: Monitor | None = None
@@ -95,8 +104,9 @@ class RepresentationMonitor(Callback):
         """Find the blocks. `setup` would be too early: models may only be built after it."""
         self._close()
         self.monitor = None
+        compiled = getattr(pl_module, "_compiler_ctx", None) is not None  # the trainer passes on what is inside
         if not (trainer.is_global_zero or self.config.reduce):
-            self._choices.find_blocks(pl_module)
+            self._choices.check(pl_module, trainer=trainer, compiled=compiled)
             return
         own = self._choices.own_sinks()
         if self._choices.sinks is None and getattr(trainer, "fast_dev_run", False):
@@ -107,7 +117,8 @@ class RepresentationMonitor(Callback):
         self.monitor = self._choices.monitor(
             pl_module,
             [*own, loggers, self._scalars],
-            compiled=getattr(pl_module, "_compiler_ctx", None) is not None,  # the trainer passes on what is inside
+            trainer=trainer,
+            compiled=compiled,
             name=self._resumed.get("name"),
         )
         self.monitor.load_state_dict(self._resumed.get("monitor", {}))

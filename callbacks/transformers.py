@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from repflow._imports import TRANSFORMERS, require
-from repflow.callbacks._choices import Choices, run_file_of
+from repflow.callbacks._choices import Choices, GivenGroup, run_file_of
 from repflow.callbacks._reporters import ReporterSink
 from repflow.monitor import Monitor, MonitorConfig
 from repflow.monitor.probe import ProbeBatch
@@ -55,6 +55,11 @@ class RepresentationMonitorCallback(TrainerCallback, ExportableState):
         name: of the run; in a hyperparameter search that of the trial is added.
         log_states: which states become scalars in the reporters: "auto", "all", or their numbers.
         probe_batch: measure this batch every time instead of the training batches; see `repflow.monitor.Monitor`.
+        process_group: the ranks that share a batch; see `repflow.monitor.Monitor`. A group, or a function that takes
+            the Trainer and gives it when training starts, for groups that are made after the callback. It is called on
+            every rank, and not at all where torch.distributed is not in use.
+        sequence_group: the ranks that hold slices of the same sequences; given likewise, as
+            `lambda trainer: trainer.accelerator.torch_device_mesh["cp"].get_group()`.
         options: fields of `MonitorConfig`.
 
     Raises:
@@ -72,6 +77,8 @@ class RepresentationMonitorCallback(TrainerCallback, ExportableState):
         name: str | None = None,
         log_states: StateChoice = "auto",
         probe_batch: ProbeBatch | None = None,
+        process_group: GivenGroup = None,
+        sequence_group: GivenGroup = None,
         **options: Any,
     ) -> None:
         self._choices = Choices.checked(
@@ -84,6 +91,8 @@ class RepresentationMonitorCallback(TrainerCallback, ExportableState):
             name=name,
             log_states=log_states,
             probe_batch=probe_batch,
+            process_group=process_group,
+            sequence_group=sequence_group,
         )
         self.config = self._choices.config
         self.monitor: Monitor | None = None
@@ -99,10 +108,11 @@ class RepresentationMonitorCallback(TrainerCallback, ExportableState):
         self.monitor = None
         saved = self._saved(args, state)
         model = kwargs["model"]
+        training, compiled = _training(), args.torch_compile  # around the model that callbacks are shown
         if not (state.is_world_process_zero or self.config.reduce):
-            self._choices.find_blocks(model)
+            self._choices.check(model, trainer=training(), compiled=compiled)
             return
-        self._trainer = _training()
+        self._trainer = training
         own = self._choices.own_sinks()
         reporters = ReporterSink(
             _callbacks_of(self._trainer),
@@ -113,7 +123,8 @@ class RepresentationMonitorCallback(TrainerCallback, ExportableState):
         self.monitor = self._choices.monitor(
             model,
             [*own, reporters],
-            compiled=args.torch_compile,  # around the model that callbacks are shown
+            trainer=training(),
+            compiled=compiled,
             name=saved.get("name") or self._trial_name(state),
         )
         self.monitor.load_state_dict(saved.get("monitor", {}))

@@ -7,15 +7,15 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from repflow.monitor.capture import CapturedForward
+from repflow.monitor.captured import CapturedForward
 from repflow.monitor.config import Metric, MonitorConfig
 from repflow.monitor.drift import Drift
 from repflow.monitor.functional.inter_token import mean_pair_cosine
 from repflow.monitor.positions import every_position, token_positions, without_first
 from repflow.monitor.sampling import select
 from repflow.monitor.sequence_shards import SequenceGroup, SequenceShards
-from repflow.monitor.snapshot import POSITION_BINS, SumLayout
 from repflow.monitor.ssm import DecayCounts
+from repflow.monitor.sum_layout import POSITION_BINS, SumLayout
 from repflow.triton_kernels import DepthStatistics, TokenSums, depth_and_token_sums, depth_statistics, hsic_statistics
 from repflow.triton_kernels._dispatch import use_triton
 from repflow.triton_kernels._inputs import check_mask

@@ -11,26 +11,13 @@ from torch import Tensor
 from torch.nn import Module
 
 from repflow.monitor.buffer import CaptureBuffer
+from repflow.monitor.captured import CapturedForward, Recording
 from repflow.monitor.chain import Chain
 from repflow.monitor.masks import CallMasks, ToldMasks, token_groups
 from repflow.monitor.residual_stream import Block, ResidualStream
 from repflow.monitor.sampling import Selection
 from repflow.monitor.taps import Read, Taps, outside_graphs
 from repflow.monitor.weakly import weakly
-
-
-@dataclass(frozen=True, eq=False)
-class CapturedForward:
-    """The states of one micro-batch, valid until the next forward begins."""
-
-    states: Tensor
-    """`[S, R, K, D]`: R sequences and K tokens of each, chosen by `selection`."""
-    mask: Tensor | None
-    """`[B, T]` of the whole micro-batch, as the model received it, or as it was given."""
-    selection: Selection
-    """Which rows and tokens of the micro-batch `states` holds."""
-    shape: tuple[int, int]
-    """(B, T) of the whole micro-batch."""
 
 
 class CaptureError(RuntimeError):
@@ -45,28 +32,6 @@ class _Entry:
     grad: bool
     training: bool
     masks: CallMasks = field(default_factory=CallMasks)
-
-
-@dataclass(eq=False)
-class Recording:
-    """A forward that is being recorded."""
-
-    view: Tensor
-    states: tuple[Tensor, ...]
-    """`view` by state: indexing it in every hook would cost more."""
-    selections: dict[torch.device, Selection]
-    shape: tuple[int, int, int]
-    """(B, T, D) of every state."""
-    flat_tokens: bool
-    mask: Tensor | None
-    filled: int = 0
-    """States so far: block `filled` - 1 is running."""
-
-    def selection(self, device: torch.device) -> Selection:
-        """What is kept of the forward, on `device`."""
-        if device not in self.selections:
-            self.selections[device] = self.selections[self.view.device].to(device)
-        return self.selections[device]
 
 
 @dataclass(eq=False)
@@ -283,14 +248,11 @@ class Capture:
     def _widen(self, forward: Recording, dtype: torch.dtype) -> bool:
         """Make room for states of `dtype` too; False, and the forward is dropped, if the buffer cannot hold them."""
         dtype = torch.promote_types(forward.view.dtype, dtype)
-        if dtype != forward.view.dtype:
-            wider = self.buffer.widen(forward.view, dtype)
-            if wider is None:
-                self.ignored[f"forwards whose states turned out to be {dtype}, too large for the buffer"] += 1
-                self._forward = None
-                return False
-            forward.view, forward.states = wider, wider.unbind()
-        return True
+        if forward.widen(self.buffer, dtype):
+            return True
+        self.ignored[f"forwards whose states turned out to be {dtype}, too large for the buffer"] += 1
+        self._forward = None
+        return False
 
     def _runs_again(self, module: Module) -> bool:
         """Whether the first block's module is being called further up the same stream, rather than by a new forward."""

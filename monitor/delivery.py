@@ -12,7 +12,8 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from repflow.monitor.accumulator import Accumulator
-from repflow.monitor.snapshot import Snapshot, SumLayout
+from repflow.monitor.snapshot import Snapshot
+from repflow.monitor.sum_layout import SumLayout
 
 
 @runtime_checkable
@@ -48,6 +49,11 @@ class MeasuredStep:
     """Whether what arrives is the vector of `Ranks`."""
     silent_ranks: tuple[int, ...] = ()
     """Ranks that measured nothing of it."""
+
+    @property
+    def forwards(self) -> int:
+        """Micro-batches that were added so far."""
+        return 0 if self.sums is None else self.sums.forwards
 
     def log(self, name: str, value: object) -> None:
         """Keep a scalar of the training loop; several values of a name are averaged. Tensors are not waited for.

@@ -12,21 +12,24 @@ from torch.nn import Module
 
 from repflow.monitor.accumulator import Accumulator
 from repflow.monitor.buffer import CaptureBuffer
-from repflow.monitor.capture import Capture, CapturedForward
+from repflow.monitor.capture import Capture
+from repflow.monitor.captured import CapturedForward
 from repflow.monitor.config import Metric, MonitorConfig
 from repflow.monitor.delivery import MeasuredStep, step_number
+from repflow.monitor.notices import broken_chain
 from repflow.monitor.probe import Probe, ProbeBatch
 from repflow.monitor.publication import Publication
 from repflow.monitor.ranks import is_first_rank
 from repflow.monitor.residual_stream import ResidualStream, find_residual_stream
 from repflow.monitor.run_info import describe_run
-from repflow.monitor.sampling import Schedule, Selection, select
+from repflow.monitor.sampling import Schedule, Selection
 from repflow.monitor.sequence_shards import find_sequence_group
 from repflow.monitor.signatures import SignatureBook
 from repflow.monitor.sinks import AbstractSink, FanOutSink
 from repflow.monitor.snapshot import RunInfo, Snapshot
 from repflow.monitor.ssm import DecayTaps
 from repflow.monitor.taps import is_compiled, outside_modes
+from repflow.monitor.token_choice import TokenChoice
 from repflow.monitor.warning import WarnOnce
 from repflow.monitor.weakly import weakly
 
@@ -112,10 +115,8 @@ class Monitor:
                 "transformers returns too of a model without it"
             )
         sequences = find_sequence_group(
-            sequence_group, process_group, self.stream, similarity="inter_token" in self.config.metrics
+            sequence_group, process_group, self.stream, self.config, probe=probe_batch is not None
         )
-        if sequences is not None:
-            _check_sliced(self.config, probe=probe_batch is not None)
         resident = is_compiled(model) if self.config.compiled == "auto" else self.config.compiled
         self._probe: Probe | None = None
         if probe_batch is not None:
@@ -141,24 +142,7 @@ class Monitor:
             warn=self._warn,
             failed=weakly(self._stop),
         )
-        self._decays = DecayTaps(
-            self.stream,
-            skip_first=self.config.skip_first_tokens,
-            failed=functools.partial(weakly(self._drop_metric), "ssm"),
-            choose=weakly(self._choose_for_decays),
-        )
-        self._capture = Capture(
-            stream=self.stream,
-            final_norm=self.config.states == "hf",
-            buffer=CaptureBuffer(self.config.max_memory_mib),
-            choose=weakly(self._choose),
-            on_forward=weakly(self._add),
-            run=weakly(self._run),
-            resident=resident,
-            training_only=self._probe is None,
-            sliced=sequences is not None,
-            inner=self._decays.hooks() if "ssm" in self._metrics else (),
-        )
+        self._attach(resident=resident, sliced=sequences is not None)
 
     @property
     def enabled(self) -> bool:
@@ -290,50 +274,30 @@ class Monitor:
         """A copy of what holds a monitor, such as an EMA of a model that has it as an attribute, has None there."""
         return type(None), ()
 
-    def _choose(self, batch: tuple[int, int], state: Tensor) -> Selection:
-        """Which part of a micro-batch to keep, within the budgets of tokens and memory."""
-        capacity = self._capture.buffer.capacity(state, len(self.stream) + 1)
-        wanted = min(self.config.max_tokens, batch[0] * batch[1])
-        if capacity < min(4, wanted):
-            raise MemoryError(
-                f"expected max_memory_mib to hold {len(self.stream) + 1} states of at least 4 tokens, got "
-                f"{self.config.max_memory_mib} MiB for {state.shape[-1]} features; raise max_memory_mib"
-            )
-        if capacity < wanted:
-            limit = self.config.max_memory_mib
-            self._warn(
-                f"measures {capacity} tokens of a micro-batch instead of {wanted}: max_memory_mib={limit}", key="memory"
-            )
-        return self._select(batch, min(wanted, capacity))
-
-    def _choose_for_decays(self, captured: tuple[int, int]) -> Selection:
-        return self._select(captured, self.config.ssm_tokens)
-
-    @property
-    def _drawn_by(self) -> int:
-        """The number that tokens are chosen by: that of the step, while a probe batch keeps the same ones."""
-        return self._current().number if self._probe is None else 0
-
-    def _select(self, batch: tuple[int, int], tokens: int) -> Selection:
-        step = self._current()
-        forward = step.sums.forwards if step.sums is not None else 0
-        return select(batch, tokens, seed=self.config.seed, step=self._drawn_by, forward=forward)
-
-    def _add(self, forward: CapturedForward) -> None:
-        """Accumulate one micro-batch."""
-        step, device = self._current(), forward.states.device
-        if step.sums is None:
-            failed = weakly(self._drop_metric)
-            packed = self._publication.packed is not False
-            drift = None if self._probe is None else self._probe.drift
-            step.sums = Accumulator(
-                self.config, self.run.layout, self._drawn_by, device, failed, packed, drift, self._publication.sequences
-            )
-        # The forward of a probe batch is timed as a whole.
-        with step.timed(device) if self._probe is None else nullcontext():
-            step.sums.add(forward, self._metrics, step.ignored.total() + self._capture.ignored.total())
-            if (decays := self._decays.take(forward)) is not None:
-                step.sums.add_decays(decays)
+    def _attach(self, *, resident: bool, sliced: bool) -> None:
+        """Make what reads the model: nothing of it is there before `_arm`, unless it is resident."""
+        self._decays = DecayTaps(
+            self.stream,
+            skip_first=self.config.skip_first_tokens,
+            failed=functools.partial(weakly(self._drop_metric), "ssm"),
+            choose=weakly(self._choose_for_decays),
+        )
+        buffer = CaptureBuffer(self.config.max_memory_mib)
+        self._tokens = TokenChoice(
+            self.config, self.run.num_states, buffer, fixed=self._probe is not None, warn=self._warn
+        )
+        self._capture = Capture(
+            stream=self.stream,
+            final_norm=self.config.states == "hf",
+            buffer=buffer,
+            choose=weakly(self._choose),
+            on_forward=weakly(self._add),
+            run=weakly(self._run),
+            resident=resident,
+            training_only=self._probe is None,
+            sliced=sliced,
+            inner=self._decays.hooks() if "ssm" in self._metrics else (),
+        )
 
     def _current(self) -> MeasuredStep:
         if self._step is None:
@@ -351,20 +315,30 @@ class Monitor:
         step = self._current()
         if not self.enabled or step.sums is not None:
             return
-        host_ms = step.host_ms
-        self._capture.arm(None)
-        try:
-            with step.timed(probe.device):
-                probe.run()
-        except Exception as error:
-            raise RuntimeError(f"the forward of probe_batch raised {type(error).__name__}: {error}") from error
-        finally:
-            self._capture.disarm()
-            step.host_ms = host_ms  # the hooks' own time is a part of what this call takes
-        times = 0 if step.sums is None else step.sums.forwards
-        if self.enabled and times != 1:
-            reasons = self._capture.broken or ", ".join(self._capture.ignored) or f"it did so {times} times"
-            raise RuntimeError(f"expected the forward of probe_batch to run all blocks once, but {reasons}")
+        probe.measure(self._capture, step)
+        if self.enabled:  # otherwise a hook has failed, and that was said
+            probe.check_measured(self._capture, step)
+
+    def _choose(self, batch: tuple[int, int], state: Tensor) -> Selection:
+        return self._tokens.of_forward(self._current(), batch, state)
+
+    def _choose_for_decays(self, captured: tuple[int, int]) -> Selection:
+        return self._tokens.of_decays(self._current(), captured)
+
+    def _add(self, forward: CapturedForward) -> None:
+        """Accumulate one micro-batch."""
+        step, device = self._current(), forward.states.device
+        if step.sums is None:
+            failed = weakly(self._drop_metric)
+            packed = self._publication.packed is not False
+            drift = None if self._probe is None else self._probe.drift
+            drawn_by, sequences = self._tokens.drawn_by(step), self._publication.sequences
+            step.sums = Accumulator(self.config, self.run.layout, drawn_by, device, failed, packed, drift, sequences)
+        # The forward of a probe batch is timed as a whole.
+        with step.timed(device) if self._probe is None else nullcontext():
+            step.sums.add(forward, self._metrics, step.ignored.total() + self._capture.ignored.total())
+            if (decays := self._decays.take(forward)) is not None:
+                step.sums.add_decays(decays)
 
     def _disarm(self) -> None:
         self._capture.disarm()
@@ -372,11 +346,7 @@ class Monitor:
         if self._step is not None:
             self._step.ignored.update(self._capture.ignored)
             if broken := self._capture.broken:
-                self._warn(
-                    f"left out forwards of step {self._step.number}, and those of later steps as long as this is so: "
-                    f"{broken}. Pass blocks=[...] in the order in which they run, up to where this is so",
-                    key="recorded nothing",
-                )
+                self._warn(broken_chain(self._step, broken), key="recorded nothing")
 
     def _drop(self) -> None:
         """Forget what the current step has recorded. The other ranks, if any, are still met when it is published."""
@@ -434,22 +404,3 @@ class Monitor:
         """Go on without a metric that failed."""
         self._metrics = tuple(other for other in self._metrics if other != metric)
         self._warn(f"stopped measuring {metric!r}: {type(error).__name__}: {error}. The other metrics go on")
-
-
-def _check_sliced(config: MonitorConfig, *, probe: bool) -> None:
-    """Refuse what cannot be measured of slices of sequences.
-
-    Raises:
-        ValueError: there is something of it.
-    """
-    refused = {
-        "probe_batch=": probe,
-        f"skip_first_tokens={config.skip_first_tokens}": config.skip_first_tokens > 0,
-        "reduce=False": not config.reduce,
-    }
-    if found := [name for name, given in refused.items() if given]:
-        raise ValueError(
-            f"`Monitor`: expected none of probe_batch, skip_first_tokens and reduce=False beside sequence_group, got "
-            f"{', '.join(found)}: a slice does not tell which tokens are first, and only all ranks together have a "
-            "whole sequence"
-        )

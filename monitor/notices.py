@@ -122,6 +122,14 @@ def recorded_nothing(step: MeasuredStep, first_block: str, resident: bool) -> st
     )
 
 
+def broken_chain(step: MeasuredStep, broken: str) -> str:
+    """A block did not take what the one before it returned."""
+    return (
+        f"left out forwards of step {step.number}, and those of later steps as long as this is so: {broken}. "
+        "Pass blocks=[...] in the order in which they run, up to where this is so"
+    )
+
+
 def silent_ranks(step: int, parts: Mapping[int, Part]) -> str:
     """Some ranks brought nothing to a step."""
     what = {Part.NOTHING: "recorded nothing", Part.STOPPED: "stopped monitoring"}

@@ -12,6 +12,8 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from repflow.monitor.capture import Capture
+from repflow.monitor.delivery import MeasuredStep
 from repflow.monitor.drift import Drift
 from repflow.monitor.taps import is_compiled
 from repflow.monitor.wrappers import unwrap
@@ -51,6 +53,33 @@ class Probe:
     def device(self) -> torch.device:
         """Where the model takes its input: the device of its first parameter."""
         return next((parameter.device for parameter in self._model.parameters()), torch.device("cpu"))
+
+    def measure(self, capture: Capture, step: MeasuredStep) -> None:
+        """Run the batch while `capture` records, which adds it to the `step`.
+
+        Raises:
+            RuntimeError: the forward raised.
+        """
+        host_ms = step.host_ms
+        capture.arm(None)
+        try:
+            with step.timed(self.device):
+                self.run()
+        except Exception as error:
+            raise RuntimeError(f"the forward of probe_batch raised {type(error).__name__}: {error}") from error
+        finally:
+            capture.disarm()
+            step.host_ms = host_ms  # the hooks' own time is a part of what this call takes
+
+    def check_measured(self, capture: Capture, step: MeasuredStep) -> None:
+        """Refuse a forward that was not recorded once, from the first block to the last, though no hook failed.
+
+        Raises:
+            RuntimeError: it was not.
+        """
+        if step.forwards != 1:
+            reasons = capture.broken or ", ".join(capture.ignored) or f"it did so {step.forwards} times"
+            raise RuntimeError(f"expected the forward of probe_batch to run all blocks once, but {reasons}")
 
     def run(self) -> None:
         """One forward in evaluation mode and without gradients; autocast is as it is where this is called.

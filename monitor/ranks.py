@@ -17,7 +17,7 @@ from torch.nn import Module
 from repflow.monitor.accumulator import count_sequences, sum_similarity
 from repflow.monitor.delivery import MeasuredStep, Ready, copy_to_host, mean, on_device
 from repflow.monitor.sequence_shards import SequenceGroup
-from repflow.monitor.snapshot import SumLayout
+from repflow.monitor.sum_layout import SumLayout
 
 MAX_SCALARS = 16
 """Most scalars of a training loop that are averaged over ranks."""

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float32, Float64, Int64
 from torch import Tensor
 from torch.nn import Module
 
+from repflow.monitor.config import MonitorConfig
 from repflow.monitor.residual_stream import ResidualStream
 from repflow.triton_kernels import TokenSums
 
@@ -167,8 +168,9 @@ def find_sequence_group(
     group: "dist.ProcessGroup | None",
     within: "dist.ProcessGroup | None",
     stream: ResidualStream,
+    config: MonitorConfig,
     *,
-    similarity: bool,
+    probe: bool,
 ) -> SequenceGroup | None:
     """The ranks that hold slices of the same sequences; None where each rank has whole ones.
 
@@ -176,11 +178,12 @@ def find_sequence_group(
         group: the ranks; None, or a group of one, says that sequences are whole.
         within: the ranks that share a batch; the default group if None.
         stream: whose states are measured.
-        similarity: whether similarity between tokens is measured.
+        config: what is measured of them.
+        probe: whether that is a probe batch.
 
     Raises:
         ValueError: this rank is not in `group`, or `group` not inside of `within`, or the width of the states cannot be
-            told before a forward.
+            told before a forward, or something is to be measured that slices do not tell.
     """
     if group is None:
         return None
@@ -197,14 +200,34 @@ def find_sequence_group(
             f"`Monitor`: expected sequence_group to lie within process_group, got ranks {ranks} and {outer}; pass as "
             "process_group the ranks of both, data and sequence parallel"
         )
-    features = stream_width(stream) if similarity else 0
+    features = stream_width(stream) if "inter_token" in config.metrics else 0
     if features is None:
         raise ValueError(
             "`Monitor`: expected to find the width of the states for sequence_group, which all ranks must know before "
             f"a forward, in the config ({', '.join(_WIDTHS)}) or the norms beside and in '{stream.blocks[0].name}', "
             "got neither; set model.config.hidden_size, or leave 'inter_token' out of metrics"
         )
+    _check_sliced(config, probe=probe)
     return SequenceGroup(group, len(stream) + 1, features)
+
+
+def _check_sliced(config: MonitorConfig, *, probe: bool) -> None:
+    """Refuse what cannot be measured of slices of sequences.
+
+    Raises:
+        ValueError: there is something of it.
+    """
+    refused = {
+        "probe_batch=": probe,
+        f"skip_first_tokens={config.skip_first_tokens}": config.skip_first_tokens > 0,
+        "reduce=False": not config.reduce,
+    }
+    if found := [name for name, given in refused.items() if given]:
+        raise ValueError(
+            f"`Monitor`: expected none of probe_batch, skip_first_tokens and reduce=False beside sequence_group, got "
+            f"{', '.join(found)}: a slice does not tell which tokens are first, and only all ranks together have a "
+            "whole sequence"
+        )
 
 
 def stream_width(stream: ResidualStream) -> int | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import linear, softplus
 
-from repflow.monitor.capture import CapturedForward, Recording
+from repflow.monitor.captured import CapturedForward, Recording
 from repflow.monitor.functional.ssm import RATE_BINS, count_rates
 from repflow.monitor.positions import token_positions, without_first
 from repflow.monitor.residual_stream import ResidualStream

@@ -10,7 +10,8 @@ import torch
 
 from repflow.monitor.report._definitions import DEFINITIONS, Definition, definition_rows
 from repflow.monitor.sinks._keys import scalar_items
-from repflow.monitor.snapshot import Snapshot, SumLayout
+from repflow.monitor.snapshot import Snapshot
+from repflow.monitor.sum_layout import SumLayout
 
 FOLDER = Path(__file__).parents[1] / "docs" / "quantities"
 

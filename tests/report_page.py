@@ -40,7 +40,8 @@ the keyboard alone. `repflow report` and `repflow watch` show the same figures. 
 - **Drift** stands there for runs with a [probe batch](probe.md): CKA of each state with itself at the first
   measurement, and at the one before.
 - **A − B** takes two runs apart: curves and matrices where both have as many blocks, else curves over relative depth,
-  B interpolated linearly. CKA of different estimators is not compared.
+  B interpolated linearly; drift where both measure a probe batch. CKA and drift of different estimators are not
+  compared.
 - **With the keyboard**, Tab goes from the slider to the lists, the definitions and the figures; in a figure the arrow
   keys go from point to point, and what hovering shows is shown and read out.
 - **Definition** beside each heading opens its formula, its unit, how to read it and what to do; the list below leads

@@ -18,13 +18,13 @@ FILES = sorted(
 TIERS = (
     {
         *("alert", "config", "functional", "residual_stream", "sampling", "signatures", "snapshot"),
-        *("warning", "weakly"),
+        *("sum_layout", "warning", "weakly"),
         *("parts", "readers", "wrappers"),  # what residual_stream knows of architectures
     },
     {
-        *("accumulator", "block_state", "buffer", "capture", "chain", "delivery", "drift", "injection", "masks"),
-        *("metrics", "notices", "positions", "probe", "ranks", "regularizer_checks", "run_info"),
-        *("sequence_shards", "ssm", "strength", "taps", "term"),
+        *("accumulator", "block_state", "buffer", "capture", "captured", "chain", "delivery", "drift"),
+        *("injection", "masks", "metrics", "notices", "positions", "probe", "ranks", "regularizer_checks", "run_info"),
+        *("sequence_shards", "ssm", "strength", "taps", "term", "token_choice"),
     },
     {"sinks"},
     {"publication"},
@@ -38,7 +38,7 @@ ENGINE = {"monitor"}
 GATHERED = ("Monitor", "MonitorConfig", "ResidualStream", "Snapshot", "find_residual_stream", "open_run")
 # Units that know less than their tier: a sink is given snapshots, and the report reads run files only.
 KNOWS_ONLY = {
-    "sinks": ("monitor.sinks", "monitor.alert", "monitor.snapshot", "monitor.warning"),
+    "sinks": ("monitor.sinks", "monitor.alert", "monitor.snapshot", "monitor.sum_layout", "monitor.warning"),
     "report": ("monitor.report", "monitor.snapshot", "monitor.sinks.open_run"),
 }
 # What anything but the kernels may know: of the distribution itself, and how to warn.

@@ -14,7 +14,8 @@ from torch import Tensor
 from repflow.monitor.offline import OfflineError
 from repflow.monitor.offline.parts import Part, PartStore, read_manifest
 from repflow.monitor.offline.tasks_length import EncodedSamples
-from repflow.monitor.snapshot import Snapshot, SumLayout
+from repflow.monitor.snapshot import Snapshot
+from repflow.monitor.sum_layout import SumLayout
 
 _SAMPLES = "samples.pt"
 _COLUMNS = ("labels", "positions", "contexts", "tokens")

@@ -12,12 +12,13 @@ from torch.nn import Module
 
 from repflow.monitor.accumulator import Accumulator
 from repflow.monitor.buffer import CaptureBuffer
-from repflow.monitor.capture import Capture, CapturedForward
+from repflow.monitor.capture import Capture
+from repflow.monitor.captured import CapturedForward
 from repflow.monitor.config import Metric, MonitorConfig, StatesConvention
 from repflow.monitor.offline import OfflineError
 from repflow.monitor.residual_stream import ResidualStream, find_residual_stream
 from repflow.monitor.sampling import Selection
-from repflow.monitor.snapshot import SumLayout
+from repflow.monitor.sum_layout import SumLayout
 from repflow.triton_kernels.hsic import Estimator
 
 OFFLINE_METRICS: tuple[Metric, ...] = tuple(metric for metric in get_args(Metric) if metric != "ssm")

@@ -14,6 +14,10 @@ _OVER_DEPTH = {
     "adjacent": "Adjacent-layer similarity",
     "norms": "Norm, stream units",
 }
+_DRIFT = {
+    "drift_first": "Drift: CKA with the first measurement",
+    "drift_previous": "Drift: CKA with the measurement before",
+}
 _OVER_STEPS = {"v_loc_rel": "V_loc / RMS", "v_glob_rel": "V_glob / RMS"}
 
 
@@ -21,9 +25,10 @@ def compare_section(runs: Sequence[Run]) -> Section | None:
     """A − B on curves and matrices, if there are two runs."""
     if len(runs) < 2:
         return None
+    drifting = sum("drift_first" in run.data for run in runs) > 1
     depth = [
         Panel(title=title, figure=compared_curves("A − B", what="curves", name=name), follows=True)
-        for name, title in _OVER_DEPTH.items()
+        for name, title in (_OVER_DEPTH | (_DRIFT if drifting else {})).items()
     ]
     matrices = [
         Panel(title="CKA", figure=compared_matrix("cka", 330), follows=True),

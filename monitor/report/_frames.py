@@ -9,7 +9,7 @@ from repflow.monitor.report._axes import Floats
 from repflow.monitor.report._runs import Run
 from repflow.monitor.report._thin import FRAMES, rounded, spread
 
-CURVES = ("inter_token", "update_inter_token", "adjacent", "norms", "drift_first")
+CURVES = ("inter_token", "update_inter_token", "adjacent", "norms", "drift_first", "drift_previous")
 QUANTILES = ("ssm_memory", "ssm_decay")
 UNIT = 1e-4
 """Cosines and CKA are stored as integers of this unit: four decimals in half the characters."""

@@ -1,4 +1,5 @@
 const SMALLEST_RANGE = 0.01; // of the colours of a difference, so that rounding does not look like one
+const NOT_IN_BOTH = "not measured in both";
 
 /** Values ys at places xs, ascending, interpolated linearly at x; null outside of them and beside gaps. */
 function interpolated(x, xs, ys) {
@@ -26,6 +27,9 @@ function stepsOf(pair) {
 
 const short = (value) => (value === null ? "n/a" : String(Number(value.toPrecision(4))));
 
+/** Why what is made of HSIC is not compared, if it is not. */
+const estimators = (a, b) => (a.run.estimator === b.run.estimator ? null : "not comparable: different estimators");
+
 const nowhere = (a, b) => `no place where both ${a.name} and ${b.name} were measured`;
 
 /** One curve of A minus that of B, both given at places of their own. */
@@ -45,7 +49,9 @@ function subtractCurves(figure, [a, b], [xs, ys], [otherXs, otherYs], label) {
 
 function compareDepth(figure, [a, b]) {
   const { name } = figure.compare;
-  const [ours, theirs] = [a, b].map(({ run, index }) => run.curves[name][index]);
+  const [ours, theirs] = [a, b].map(({ run, index }) => run.curves[name]?.[index]);
+  if (!ours || !theirs) return NOT_IN_BOTH;
+  if (name.startsWith("drift") && estimators(a, b)) return estimators(a, b);
   const overStates = ours.length === a.run.depth + 1;
   const alike = a.run.depth === b.run.depth;
   const places = (values, run) => values.map((_, place) => (alike ? place : (place + (overStates ? 0 : 0.5)) / run.depth));
@@ -60,7 +66,7 @@ function compareDepth(figure, [a, b]) {
 function compareSteps(figure, [a, b]) {
   const source = Object.values(figures).find(({ series }) => series === figure.compare.name);
   const [ours, theirs] = [a, b].map(({ number }) => source.data.find(({ meta }) => meta?.run === number));
-  if (!ours || !theirs) return "not measured in both";
+  if (!ours || !theirs) return NOT_IN_BOTH;
   figure.layout.xaxis = { title: { text: "optimizer step" }, range: source.layout.xaxis.range, nticks: 6 };
   return subtractCurves(figure, [a, b], [ours.x, ours.y], [theirs.x, theirs.y], stepText);
 }
@@ -88,7 +94,7 @@ function largestDifference(what, a, b) {
 function compareMatrices(figure, [a, b]) {
   const { what } = figure.compare;
   if (a.run.depth !== b.run.depth) return `not comparable: ${a.run.depth} and ${b.run.depth} blocks`;
-  if (what === "cka" && a.run.estimator !== b.run.estimator) return "not comparable: different estimators";
+  if (what === "cka" && estimators(a, b)) return estimators(a, b);
   const [trace] = figure.data;
   const pair = `${a.number} − ${b.number}`;
   if (figure.pair !== pair) {

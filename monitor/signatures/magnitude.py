@@ -10,7 +10,8 @@ from torch import Tensor
 
 from repflow.monitor.alert import Severity
 from repflow.monitor.signatures._base import Reading, Signature, usual
-from repflow.monitor.snapshot import BlockInfo, Snapshot, SumLayout
+from repflow.monitor.snapshot import BlockInfo, Snapshot
+from repflow.monitor.sum_layout import SumLayout
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from torch.nn.functional import pad
 
 from repflow.monitor.sinks._reading import RunFile, read_run_file
 from repflow.monitor.sinks._schema import Record, RunFileError
-from repflow.monitor.snapshot import POSITION_BINS, SSM_QUANTILES, RunInfo, SumLayout
+from repflow.monitor.snapshot import SSM_QUANTILES, RunInfo
+from repflow.monitor.sum_layout import POSITION_BINS, SumLayout
 from repflow.monitor.warning import warn
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from repflow.callbacks import RepresentationMonitor
 from repflow.monitor import MonitorConfig, RepflowWarning, open_run
 from repflow.monitor.sinks import RunFileSink
+from tests.callbacks.slices import check_whole_sequences
 from tests.callbacks.watching import Keep, hooks
 
 pytestmark = pytest.mark.filterwarnings(
@@ -360,6 +361,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer
 from repflow.callbacks import RepresentationMonitor
 from repflow.monitor.sinks import RunFileSink
+from tests.callbacks.slices import States, cut
 from tests.callbacks.test_lightning import Model, fit
 
 class Plateau(Model):
@@ -398,6 +400,29 @@ for strategy, make in strategies.items():
         values.append(sum(p.double().sum().item() for p in whole))
     values.append(callback.monitor.latest.sums.tolist())
     (path / f"rank{trainer.global_rank}.txt").write_text(repr(values))
+
+class Slices(Model):
+    "Both ranks have the same batch, and each its slice of it."
+    def configure_model(self):
+        if not hasattr(self, "states"):
+            self.states = States(self.model)
+            fully_shard(self.model, mesh=self.device_mesh["tensor_parallel"])
+
+    def training_step(self, batch, index):
+        return super().training_step([cut(values, self.global_rank) for values in batch], index)
+
+path = Path(sys.argv[1], "slices")
+
+def monitor(name, **groups):
+    return RepresentationMonitor(every_n_steps=1, name=name, sinks=[RunFileSink(path / f"{name}.db")], **groups)
+
+callbacks = (
+    monitor("whole", sequence_group=lambda trainer: trainer.strategy.device_mesh["tensor_parallel"].get_group()),
+    monitor("alone", process_group=lambda trainer: trainer.strategy.device_mesh["data_parallel"].get_group()),
+)
+strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
+model, trainer = fit(path, *callbacks, model=Slices(), max_epochs=1, strategy=strategy, devices=2, limit_val_batches=0)
+model.states.save(path / f"states{trainer.global_rank}.pt")
 """
 
 
@@ -421,3 +446,20 @@ def test_two_ranks_decide_alike(two_ranks: Path, strategy: str) -> None:
     first, second = ((folder / f"rank{rank}.txt").read_text() for rank in range(2))
     assert first == second
     assert open_run(folder / "run.db").tokens.values.tolist() == [64] * 9
+
+
+def test_groups_that_are_made_after_the_callback(two_ranks: Path) -> None:
+    """Two ranks hold slices of the same sequences, and each is alone in the mesh's dimension of data."""
+    folder = two_ranks / "slices"
+    check_whole_sequences(folder, folder / "whole.db")
+    assert open_run(folder / "whole.db").tokens.values.tolist() == [32] * 6
+    assert open_run(folder / "alone.db").tokens.values.tolist() == [16] * 6
+
+
+def test_no_group_is_asked_for_where_there_is_one_process(tmp_path) -> None:
+    def fail(trainer: Trainer) -> None:
+        raise AssertionError("there are no groups")
+
+    keep = Keep()
+    fit(tmp_path, RepresentationMonitor(sinks=keep, process_group=fail, sequence_group=fail), max_steps=1)
+    assert keep.tokens == [32]

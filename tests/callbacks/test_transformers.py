@@ -24,6 +24,7 @@ from repflow.callbacks import RepresentationMonitorCallback
 from repflow.monitor import MonitorConfig, RepflowWarning, open_run
 from repflow.monitor.signatures import DeadBlocks
 from repflow.monitor.sinks import RunFileSink
+from tests.callbacks.slices import check_whole_sequences
 from tests.callbacks.watching import Keep, hooks
 
 SIZES: dict[str, Any] = {
@@ -564,20 +565,18 @@ except (ZeroDivisionError, RuntimeError):
 """
 
 
-def test_two_ranks(tmp_path) -> None:
-    """DistributedDataParallel: the first rank writes, both know the same, and neither waits for one that crashed."""
-    (tmp_path / "ranks.py").write_text(TWO_RANKS)
+def run_both(folder: Path, script: str) -> list[Any]:
+    """Two ranks run a script in a folder; what each wrote."""
+    (folder / "ranks.py").write_text(script)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     root = Path(__file__).parents[2]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     shared["PYTHONPATH"] = os.pathsep.join([str(root / "src"), str(root)])
-    command = [sys.executable, "ranks.py", str(tmp_path)]
+    command = [sys.executable, "ranks.py", str(folder)]
     processes = [
-        subprocess.Popen(
-            command, cwd=tmp_path, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        )
+        subprocess.Popen(command, cwd=folder, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(2)
     ]
     try:
@@ -586,7 +585,12 @@ def test_two_ranks(tmp_path) -> None:
     finally:
         for process in processes:
             process.kill()
-    first, second = (ast.literal_eval((tmp_path / f"rank{rank}.txt").read_text()) for rank in range(2))
+    return [ast.literal_eval((folder / f"rank{rank}.txt").read_text()) for rank in range(2)]
+
+
+def test_two_ranks(tmp_path) -> None:
+    """DistributedDataParallel: the first rank writes, both know the same, and neither waits for one that crashed."""
+    first, second = run_both(tmp_path, TWO_RANKS)
     assert first[0] == second[0] and first[1:] == second[1:] == (True, True)
     step, _, loss, logged, _ = first[0]
     run = open_run(tmp_path / "run.db")
@@ -594,3 +598,77 @@ def test_two_ranks(tmp_path) -> None:
     assert run.loss.values.tolist() == pytest.approx(logged, rel=1e-6) and run.loss.values[-1] == loss
     assert run.attrs["attempt"] == 1 and len(list(tmp_path.glob("watched/runs/*"))) == 1
     assert open_run(tmp_path / "repflow-runs" / "crash.db").step.values.tolist() == [0]
+
+
+SLICES = """
+import sys, torch
+import torch.distributed as dist
+from pathlib import Path
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import Trainer
+from repflow.callbacks import RepresentationMonitorCallback
+from repflow.monitor.sinks import RunFileSink
+from tests.callbacks.slices import States, cut
+from tests.callbacks.test_transformers import Model, arguments, rows
+
+class Slices(Trainer):
+    "Both ranks have the same batches, and each its slices of them."
+    def get_train_dataloader(self):
+        return torch.utils.data.DataLoader(self.train_dataset, 4)
+
+    def _prepare_inputs(self, inputs):
+        return {name: cut(values, self.args.process_index) for name, values in inputs.items()}
+
+def monitor(name, **options):
+    return RepresentationMonitorCallback(every_n_steps=1, sinks=[RunFileSink(path / f"{name}.db")], **options)
+
+def train(model, *callbacks):
+    Slices(model, args, train_dataset=rows(), callbacks=list(callbacks)).train()
+
+def slices(trainer):
+    mesh = init_device_mesh("cpu", (1, trainer.args.world_size), mesh_dim_names=("dp", "cp"))
+    return mesh["cp"].get_group()
+
+def alone(trainer):
+    return [dist.new_group([rank]) for rank in range(2)][trainer.args.process_index]
+
+path = Path(sys.argv[1])
+found = monitor("found", sequence_group=slices)  # there is no process group yet
+args = arguments(path, num_train_epochs=1, ddp_backend="gloo", ddp_timeout=60)
+given = monitor("given", sequence_group=dist.new_group())
+model = Model()
+states = States(model)
+train(model, found, given, monitor("alone", process_group=alone), monitor("first", reduce=False))
+states.save(path / f"states{args.process_index}.pt")
+said = []
+for options in ({"reduce": False}, {"skip_first_tokens": 1}):
+    try:
+        train(Model(), monitor("refused", sequence_group=slices, **options))
+    except ValueError as error:
+        said.append(str(error))
+(path / f"rank{args.process_index}.txt").write_text(repr(said))
+"""
+
+
+def test_groups_that_are_made_after_the_callback(tmp_path) -> None:
+    """Two ranks hold slices of the same sequences; a mistake is told on both, also where one of them measures alone."""
+    first, second = run_both(tmp_path, SLICES)
+    for name in ("found", "given"):
+        check_whole_sequences(tmp_path, tmp_path / f"{name}.db")
+    assert open_run(tmp_path / "found.db").tokens.values.tolist() == [32] * 6
+    for name in ("alone", "first"):
+        assert open_run(tmp_path / f"{name}.db").tokens.values.tolist() == [16] * 6
+    assert first == second and len(first) == 2
+    assert first[0].endswith("got reduce=False: a slice does not tell which tokens are first, and only all ranks "
+                             "together have a whole sequence")  # fmt: skip
+    assert "got skip_first_tokens=1: " in first[1]
+
+
+def test_no_group_is_asked_for_where_there_is_one_process(tmp_path) -> None:
+    def fail(trainer: Trainer) -> None:
+        raise AssertionError("there are no groups")
+
+    keep = Keep()
+    callback = RepresentationMonitorCallback(sinks=keep, process_group=fail, sequence_group=fail)
+    train(tmp_path, callback, max_steps=1)
+    assert keep.tokens == [32]

@@ -10,7 +10,7 @@ import transformers
 
 from repflow.monitor import Monitor, MonitorConfig, Snapshot
 from repflow.monitor.accumulator import Accumulator
-from repflow.monitor.snapshot import SumLayout
+from repflow.monitor.sum_layout import SumLayout
 from repflow.triton_kernels import reference
 from repflow.triton_kernels._dispatch import force
 from tests.gpu.compilations import count_compilations

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 import repflow
 from repflow.monitor.cli import app
 from repflow.monitor.sinks import RunFileSink
-from repflow.monitor.snapshot import BlockInfo, RunInfo, Snapshot, SumLayout
+from repflow.monitor.snapshot import BlockInfo, RunInfo, Snapshot
+from repflow.monitor.sum_layout import SumLayout
 
 
 def write_run(path: Path) -> None:

@@ -22,7 +22,7 @@ from repflow.monitor import (
 )
 from repflow.monitor.functional import layer_local_variance
 from repflow.monitor.sinks import AbstractSink
-from repflow.monitor.snapshot import SumLayout
+from repflow.monitor.sum_layout import SumLayout
 from repflow.triton_kernels import depth_statistics, hsic_statistics, pairwise_hsic
 from tests.monitor import toy
 

@@ -13,7 +13,8 @@ from repflow.monitor import Monitor, MonitorConfig, RepflowWarning, Snapshot, op
 from repflow.monitor.probe import undisturbed
 from repflow.monitor.sinks import RunFileSink
 from repflow.monitor.sinks._keys import scalar_items
-from repflow.monitor.snapshot import RunInfo, SumLayout
+from repflow.monitor.snapshot import RunInfo
+from repflow.monitor.sum_layout import SumLayout
 from tests.monitor import toy
 from tests.monitor.test_monitor import ListSink
 

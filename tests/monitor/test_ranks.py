@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from repflow.monitor import Monitor, MonitorConfig
-from repflow.monitor.snapshot import SumLayout
+from repflow.monitor.sum_layout import SumLayout
 from tests.monitor import rank_regularizer, toy, two_ranks
 from tests.monitor.rank_scenarios import Stream
 from tests.monitor.rank_training import PLACEMENTS, STEPS, WAYS, batch, model, one_process, states_and_mask

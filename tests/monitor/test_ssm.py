@@ -13,7 +13,7 @@ from repflow.monitor import Monitor, MonitorConfig, RunInfo, Snapshot, open_run,
 from repflow.monitor.functional.ssm import LONGEST, QUANTILES, SHORTEST
 from repflow.monitor.sinks import RunFileSink
 from repflow.monitor.sinks._keys import scalar_items
-from repflow.monitor.snapshot import SumLayout
+from repflow.monitor.sum_layout import SumLayout
 from tests.monitor.ssm_models import MODELS, Scans, build
 
 EVERY_STEP: dict[str, Any] = dict(every_n_steps=1)

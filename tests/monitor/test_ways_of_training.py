@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from repflow.monitor import Monitor, MonitorConfig, Snapshot
-from repflow.monitor.snapshot import SumLayout
+from repflow.monitor.sum_layout import SumLayout
 from tests.monitor import toy
 from tests.monitor.ssm_models import build
 from tests.monitor.test_capture import captured, hooks

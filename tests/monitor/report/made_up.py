@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from repflow.monitor.sinks import RunFileSink
-from repflow.monitor.snapshot import POSITION_BINS, BlockInfo, RunInfo, Snapshot, SumLayout
+from repflow.monitor.snapshot import BlockInfo, RunInfo, Snapshot
+from repflow.monitor.sum_layout import POSITION_BINS, SumLayout
 
 Change = Callable[[Mapping[str, torch.Tensor], int], None]
 """Edits the sums of the snapshot of a number."""

@@ -230,6 +230,51 @@ def test_runs_of_other_depth_are_compared_by_relative_depth_alone(opened: Browse
     assert opened.one("#compare-1-0").is_displayed()
 
 
+def test_the_difference_in_drift(browser: Browser, write_run, tmp_path: Path):
+    """CKA with earlier measurements falls by up to 0.6 and 0.1 over depth; by half of that in the run that settles."""
+
+    def moving(parts, index, share=1.0):
+        if index == 0:  # there is no measurement before
+            parts["drift_hsic"][:, 2] = parts["drift_hsic"][:, :, 2] = 0
+        for earlier in (1, 2) if index else ():
+            now = 1 - share * (1 - parts["drift_hsic"][:, 0, earlier])
+            parts["drift_hsic"][:, 0, earlier] = parts["drift_hsic"][:, earlier, 0] = now
+
+    runs = [
+        write_run("a", probe=True, change=moving),
+        write_run("settling", probe=True, change=partial(moving, share=0.5)),
+        write_run("training batches"),
+        write_run("deep", ["ssm"] * 6, probe=True, change=moving),
+        write_run("biased", probe=True, estimator="biased", change=moving),
+    ]
+    page = write_report(runs, tmp_path / "report.html")
+    first, previous = "#compare-0-4", "#compare-0-5"
+    browser.open(page)
+    assert difference(browser, first) == pytest.approx([-0.3 * state / 3 for state in range(4)], abs=1e-4)
+    assert difference(browser, previous) == pytest.approx([-0.05 * state / 3 for state in range(4)], abs=1e-4)
+    assert "Drift: CKA with the first measurement step 20" in [
+        caption.text for caption in browser.all("#compare figcaption")
+    ]
+    browser.one("#step").send_keys(Keys.HOME)
+    assert difference(browser, first) == [0.0] * 4
+    said = "return document.querySelector(arguments[0]).closest('figure').querySelector('.shown').textContent"
+    assert browser.run(said, previous) == "no place where both A and B were measured"
+    browser.one("#step").send_keys(Keys.END)
+    for other, problem in {
+        "training batches": "not measured in both",
+        "biased": "not comparable: different estimators",
+        "deep": None,
+    }.items():
+        browser.choose("#compare-B", other)
+        browser.drawn()
+        assert [browser.run(said, place) for place in (first, previous)] == [problem or "step 20"] * 2
+        assert [browser.one(place).is_displayed() for place in (first, previous)] == [problem is None] * 2
+    # The same values at the same relative depths, of which "deep" has more.
+    assert difference(browser, first) == pytest.approx([0.0] * 4, abs=1e-4)
+    assert browser.complaints() == []
+    browser.run("localStorage.clear()")
+
+
 def test_where_one_run_has_nothing_the_matrices_say_so(browser: Browser, write_run, tmp_path: Path):
     """As after all values have become NaN."""
 

@@ -17,7 +17,7 @@ from repflow.monitor.report._kinds import add_kind_strip, kind_pattern, segments
 from repflow.monitor.report._page import render_content
 from repflow.monitor.report._runs import BASELINE_COLOR, Run, load_runs
 from repflow.monitor.sinks import open_run
-from repflow.monitor.snapshot import POSITION_BINS
+from repflow.monitor.sum_layout import POSITION_BINS
 from tests.report_page import PAGE, page_text
 
 ALERT = {
@@ -51,7 +51,7 @@ def test_frames_hold_what_the_run_file_holds(write_run):
             np.array(found["tokens"][place]).T * UNIT, snapshot["adjacent_tokens"], atol=UNIT / 2
         )
         for name in CURVES:
-            np.testing.assert_allclose(found["curves"][name][place], snapshot[name], rtol=1e-4)
+            np.testing.assert_allclose(np.array(found["curves"][name][place], float), snapshot[name], rtol=1e-4)
         for name in QUANTILES:
             values = np.array(found["quantiles"][name][place], dtype=float).T
             np.testing.assert_allclose(values, snapshot[name], rtol=1e-3)
@@ -146,6 +146,17 @@ def test_drift_is_shown_of_runs_with_a_probe_batch(write_run):
         False,
         True,
     ]
+
+
+def test_drift_is_compared_where_two_runs_have_it(write_run):
+    runs = load(write_run("a"), write_run("b", probe=True), write_run("c", probe=True))
+    compared = {}
+    for shown in (runs[:2], runs[1:], runs):
+        figures = json.loads(render_content(shown).data)["figures"].values()
+        found = [figure["compare"]["name"] for figure in figures if figure.get("compare", {}).get("what") == "curves"]
+        compared["".join(run.label for run in shown)] = [name for name in found if "drift" in name]
+    both = ["drift_first", "drift_previous"]
+    assert compared == {"ab": [], "bc": both, "abc": both}
 
 
 def test_drift_that_was_not_measured_is_said(write_run):

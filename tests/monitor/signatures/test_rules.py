@@ -26,7 +26,8 @@ from repflow.monitor.signatures import (
     SignatureBook,
     judge_probing,
 )
-from repflow.monitor.snapshot import BlockInfo, SumLayout
+from repflow.monitor.snapshot import BlockInfo
+from repflow.monitor.sum_layout import SumLayout
 from tests.monitor import toy
 
 BLOCKS = tuple(BlockInfo(index=i, name=f"layers.{i}", kind="attention" if i < 4 else "ssm") for i in range(8))

@@ -3,7 +3,8 @@
 import torch
 
 from repflow.monitor.alert import Alert
-from repflow.monitor.snapshot import BlockInfo, RunInfo, Snapshot, SumLayout
+from repflow.monitor.snapshot import BlockInfo, RunInfo, Snapshot
+from repflow.monitor.sum_layout import SumLayout
 
 
 def make_run(num_states: int = 6, *, name: str = "run", **changes) -> RunInfo:

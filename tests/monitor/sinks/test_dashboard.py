@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from repflow.monitor.cli import app
 from repflow.monitor.sinks import dashboard
 from repflow.monitor.sinks._keys import scalar_items
-from repflow.monitor.snapshot import SumLayout
+from repflow.monitor.sum_layout import SumLayout
 
 KEPT = Path(__file__).with_name("dashboard.json")
 

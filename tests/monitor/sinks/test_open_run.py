@@ -12,7 +12,8 @@ import xarray
 from repflow.monitor import RepflowWarning
 from repflow.monitor.sinks import RunFileError, RunFileSink, open_run
 from repflow.monitor.sinks.open_run import _AT_A_TIME
-from repflow.monitor.snapshot import RunInfo, Snapshot, SumLayout
+from repflow.monitor.snapshot import RunInfo, Snapshot
+from repflow.monitor.sum_layout import SumLayout
 
 
 @pytest.fixture
