@@ -1,7 +1,7 @@
 """Which tokens are padding, and which belong together: read from the arguments that models are called with."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple, no_type_check
 
@@ -22,6 +22,9 @@ PADDING_ARGUMENTS: dict[str, Callable[[Tensor], Tensor]] = {
 SEGMENT_ARGUMENTS = ("seq_idx",)
 """Names under which models take the number of each token's document `[B, T]`, from 0; less is padding."""
 
+TARGETS, NO_TARGET = "labels", -100
+"""Under which models of encoder and decoder take what the decoder is to predict, and what stands at padding there."""
+
 BOUNDARY_ARGUMENTS = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens", "cu_seq_lens")
 """Names under which models take where each document of a single packed row begins, and the last one ends."""
 
@@ -37,11 +40,13 @@ class CallMasks(NamedTuple):
     """Number of the document, from 0."""
     boundaries: Int[Tensor, " N1"] | None = None
     """Where each of N documents of the only row begins, and the last one ends."""
+    targets: Int[Tensor, "B T"] | None = None
+    """What a decoder is to predict: behind the last one of a row that is not `NO_TARGET` there is padding."""
 
     def of_flat_tokens(self) -> "CallMasks":
         """The same of states without a dimension for rows."""
         rows = (None if mask is None else mask.reshape(1, -1) for mask in self[:3])
-        return CallMasks(*rows, boundaries=self.boundaries)
+        return CallMasks(*rows, boundaries=self.boundaries)  # which no encoder-decoder has: it has no `targets`
 
 
 class ToldMasks(NamedTuple):
@@ -50,11 +55,21 @@ class ToldMasks(NamedTuple):
     masks: CallMasks
     tells: tuple[bool, ...]
     """Which of them the call tells."""
+    others: Mapping[str, Tensor] = {}
+    """By name, tensors among its arguments that may be masks, under names that are not known."""
 
     def within(self, outer: CallMasks) -> CallMasks:
         """The masks of the call, where `outer` are those of the call around it."""
         pairs = zip(self.tells, self.masks, outer, strict=True)
         return CallMasks(*(own if told else around for told, own, around in pairs))
+
+
+_KNOWN = frozenset([*PADDING_ARGUMENTS, *SEGMENT_ARGUMENTS, *BOUNDARY_ARGUMENTS, "position_ids"])
+
+
+def _may_be_mask(name: str, value: object) -> bool:
+    """Whether an argument is of booleans, or called a mask or padding."""
+    return isinstance(value, Tensor) and (value.dtype == torch.bool or "mask" in name or "pad" in name)
 
 
 @lru_cache(maxsize=64)
@@ -70,13 +85,19 @@ class MaskReader:
     A call of a module further in says more than one further out, for it is nearer to the blocks: a decoder that is
     called without a mask has none, whatever its encoder's is. Where it does not tell, because the module takes no such
     argument or was given it in another form (already widened to 4-D, say), what was found further out holds.
+
+    Args:
+        module: whose calls are read.
+        decoder: whether the blocks are those of a decoder beside an encoder, of which `labels` then tell the padding:
+            models shift them to the right for its input, and pass it no mask of its own.
     """
 
-    def __init__(self, module: Module) -> None:
+    def __init__(self, module: Module, *, decoder: bool = False) -> None:
         if "forward" in module.__dict__:  # put over that of the class, as accelerate does
             self._parameters = list(inspect.signature(module.forward).parameters)
         else:
             self._parameters = _arguments(type(module).forward)
+        self._targets = (TARGETS,) if decoder and "decoder_input_ids" in self._parameters else ()
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, boundaries: bool = True) -> ToldMasks:
         """What a call tells. A compiler traces this, without `boundaries`.
@@ -93,8 +114,15 @@ class MaskReader:
         tells_positions, ids = self._argument("position_ids", args, kwargs)
         tells_segments, segments = self._first(SEGMENT_ARGUMENTS, args, kwargs)
         tells_boundaries, ends = self._first(BOUNDARY_ARGUMENTS, args, kwargs, 1) if boundaries else (False, None)
-        told = CallMasks(padding, ids, segments, ends)
-        return ToldMasks(told, (tells_padding, tells_positions, tells_segments, tells_boundaries))
+        tells_targets, targets = self._first(self._targets, args, kwargs)
+        told = CallMasks(padding, ids, segments, ends, targets)
+        return ToldMasks(told, (tells_padding, tells_positions, tells_segments, tells_boundaries, tells_targets))
+
+    def others(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """Arguments that may be masks of padding, and that nothing else here reads."""
+        unnamed = (f"argument {place}" for place in range(len(self._parameters), len(args)))
+        given = dict(zip((*self._parameters, *unnamed), args, strict=False)) | kwargs
+        return {name: value for name, value in given.items() if name not in _KNOWN and _may_be_mask(name, value)}
 
     def takes_mask(self) -> bool:
         """Whether the module's forward names a mask."""
@@ -130,6 +158,8 @@ def token_groups(masks: CallMasks, rows: int, tokens: int) -> Bool[Tensor, "B T"
         ValueError: a mask of another shape.
     """
     padding = fit_mask(masks.padding, rows, tokens)
+    if padding is None and (targets := _fitting(masks.targets, rows, tokens)) is not None:
+        padding = (targets != NO_TARGET).flip(1).cumsum(1).flip(1) > 0
     ids, segments = (_fitting(values, rows, tokens) for values in (masks.position_ids, masks.segments))
     if masks.boundaries is not None and rows == 1:
         segments = _between(masks.boundaries, tokens)
@@ -141,6 +171,19 @@ def token_groups(masks: CallMasks, rows: int, tokens: int) -> Bool[Tensor, "B T"
         valid = valid & (segments >= 0)
     numbered = padding is not None and padding.dtype != torch.bool
     return _documents(valid, ids, [segments, padding if numbered else None])
+
+
+def unread_mask(others: Mapping[str, Tensor], rows: int, tokens: int) -> str | None:
+    """What may be a mask of states `[rows, tokens]`, in words: of their shape, or with ones between; else None.
+
+    `[T, T]` is not: it says which token sees which.
+    """
+    for name, value in others.items():
+        shape = list(value.shape)
+        fits = [*shape[:1], *shape[-1:]] == [rows, tokens] and value.numel() == rows * tokens
+        if fits and (len(shape) > 2 or rows != tokens):
+            return f"{name!r}, {str(value.dtype).removeprefix('torch.')} {shape},"
+    return None
 
 
 def _fitting(values: Tensor | None, rows: int, tokens: int) -> Tensor | None:

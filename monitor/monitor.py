@@ -3,7 +3,7 @@
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from torch.nn import Module
 
 from repflow.monitor.accumulator import Accumulator
 from repflow.monitor.buffer import CaptureBuffer
-from repflow.monitor.capture import Capture, CapturedForward
+from repflow.monitor.capture import Capture, CapturedForward, GivenMask
 from repflow.monitor.config import Metric, MonitorConfig
 from repflow.monitor.delivery import MeasuredStep, step_number
+from repflow.monitor.notices import goes_back, never_entered, unread_mask
 from repflow.monitor.probe import Probe, ProbeBatch
 from repflow.monitor.publication import Publication
 from repflow.monitor.ranks import is_first_rank
@@ -103,7 +104,7 @@ class Monitor:
         sequence_group: "torch.distributed.ProcessGroup | None" = None,
         probe_batch: ProbeBatch | None = None,
     ) -> None:
-        self.config = config or MonitorConfig()
+        self.config = MonitorConfig.from_options(config, {})
         self.stream: ResidualStream = find_residual_stream(model, blocks, stream=stream)
         if self.config.states == "hf" and self.stream.final_norm is None:
             raise ValueError(
@@ -123,11 +124,13 @@ class Monitor:
         self.run: RunInfo = describe_run(model, self.stream, self.config, name, probe=self._probe is not None)
         self._schedule = Schedule(self.config.every_n_steps)
         self._metrics: tuple[Metric, ...] = self.config.metrics
-        self._sink = FanOutSink(sinks if is_first_rank() else ())
+        self._sink = FanOutSink(sinks) if is_first_rank() else FanOutSink(())
         self._warn = WarnOnce()
         self._step: MeasuredStep | None = None
         self._is_open = False
         self._cut_off = False  # by an exception: whether the other ranks go on is unknown
+        self._latest_number = 0
+        self._called: int | None = None  # the step that `step` was called for, until it is entered
         self._signatures = SignatureBook(self.config.rules)
         self._publication = Publication(
             self.run,
@@ -170,8 +173,7 @@ class Monitor:
         """The last snapshot that arrived."""
         return self._publication.latest
 
-    @contextmanager
-    def step(self, step: int, *, mask: Tensor | None = None) -> Iterator[None]:
+    def step(self, step: int, *, mask: GivenMask | None = None) -> AbstractContextManager[None]:
         """Covers one optimizer step: its forwards, and its backwards if activations are checkpointed.
 
         Each forward of the model inside that has gradients enabled and the model in training mode is one micro-batch.
@@ -180,18 +182,28 @@ class Monitor:
 
         Args:
             step: number of the optimizer step, from 0.
-            mask: `[B, T]`, attention mask or document numbers, in place of the one that the model receives. That of a
-                probe batch is in the batch.
+            mask: `[B, T]`, attention mask or document numbers, in place of the one that the model receives; or a
+                function that gives it, called for each forward that is measured. A step entered again inside of itself
+                with a mask has that for the forwards in there. That of a probe batch is in the batch.
 
         Raises:
             TypeError: a step that is not an integer.
             ValueError: a negative step.
         """
-        step = step_number(step)
+        if self._called is not None:
+            self._warn(never_entered(self._called), key="never entered")
+        self._called = step_number(step)
+        return self._entered(self._called, mask)
+
+    @contextmanager
+    def _entered(self, step: int, mask: GivenMask | None) -> Iterator[None]:
+        self._called = None
         if self._is_open:
             if self._step is not None and self._step.number != step:
                 self._warn(f"left out step {step}, which began inside of step {self._step.number}", key="nested")
-            yield
+                mask = None
+            with nullcontext() if mask is None else self._capture.masked(mask):
+                yield
             return
         self._cut_off = False
         if self._step is not None and self._step.number != step:
@@ -201,6 +213,9 @@ class Monitor:
         if not (self._schedule(step) and (self.enabled or self._publication.meets_others)):
             yield
             return
+        if step < self._latest_number:
+            self._warn(goes_back(step, self._latest_number), key="goes back")
+        self._latest_number = step
         self._step = self._step or MeasuredStep(step)
         self._is_open = True
         try:
@@ -264,6 +279,8 @@ class Monitor:
             self._step = None
             self._run(self._collect)
             self._publication.forget()
+        if self._called is not None:
+            self._warn(never_entered(self._called), key="never entered")
         self.flush()
         self._publication.leave()
         self._run(self._capture.disarm)
@@ -340,7 +357,7 @@ class Monitor:
             raise RuntimeError("a hook ran outside of a monitored step")
         return self._step
 
-    def _arm(self, mask: Tensor | None) -> None:
+    def _arm(self, mask: GivenMask | None) -> None:
         self._publication.join()
         if self.enabled:
             self._capture.arm(mask)
@@ -371,6 +388,8 @@ class Monitor:
         self._decays.forget()
         if self._step is not None:
             self._step.ignored.update(self._capture.ignored)
+            if unread := self._capture.unread:
+                self._warn(unread_mask(unread), key="unread mask")
             if broken := self._capture.broken:
                 self._warn(
                     f"left out forwards of step {self._step.number}, and those of later steps as long as this is so: "

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from repflow.monitor.alert import Alert
 from repflow.monitor.delivery import MeasuredStep
+from repflow.monitor.masks import PADDING_ARGUMENTS
 from repflow.monitor.ranks import Part
 from repflow.monitor.sequence_shards import MAX_SEQUENCES
 from repflow.monitor.snapshot import RunInfo, Snapshot
@@ -118,8 +119,31 @@ def recorded_nothing(step: MeasuredStep, first_block: str, resident: bool) -> st
     return (
         f"recorded nothing on step {step.number}: expected a training-mode forward with gradients through "
         f"'{first_block}', saw {seen}. {_if_compiled(resident)}; if other "
-        "blocks run, or in another order, pass blocks=[...] in the order in which they run"
+        "blocks run, or in another order, pass blocks=[...] in the order in which they run; where blocks are left out "
+        "at random, as by LayerDrop, or by an early exit, a probe_batch is measured through all of them"
     )
+
+
+def unread_mask(what: str) -> str:
+    """No mask was read, and something looks like one."""
+    return (
+        f"measures every token, padding too if there is any: no mask was seen under a name that is known "
+        f"({', '.join(PADDING_ARGUMENTS)}), and {what} may be one. Pass what is not 0 at tokens: "
+        "monitor.step(k, mask=...), or mask=lambda batch: ... of the Lightning callback"
+    )
+
+
+def goes_back(step: int, last: int) -> str:
+    """Numbers of steps that begin again, as those of batches in each epoch do."""
+    return (
+        f"measures step {step} after step {last}: expected numbers that grow over all epochs, such as those of "
+        "optimizer steps since the start; of steps with the same number a run file shows the last"
+    )
+
+
+def never_entered(step: int) -> str:
+    """`monitor.step(k)` without `with`."""
+    return f"did not begin step {step}: expected `with monitor.step({step}):` around its forwards, got a call alone"
 
 
 def silent_ranks(step: int, parts: Mapping[int, Part]) -> str:
