@@ -110,6 +110,7 @@ class Capture:
     _entry: _Entry | None = None
     _forward: Recording | None = None
     _mask: GivenMask | None = None
+    _looks: bool = True  # for masks under other names, up to the first forward that is recorded
     _others: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -161,7 +162,7 @@ class Capture:
         for depth, module in enumerate(self.stream.ancestors):
             taps.on_masks(module, call(self._enter, depth, module), decoder=self.stream.is_decoder)
         first = self.stream.blocks[0]
-        if self._follows_chain():
+        if self._looks and not self.resident:
             taps.on_masks(first.module, call(self._see))
         taps.on_entry(first.module, first.reader.entry, call(self._begin, first.module))
         indices: dict[Module, list[Block]] = {}
@@ -194,7 +195,7 @@ class Capture:
         outer = self._entry.masks if inside and self._entry is not None else CallMasks()
         grad, told = read()
         self._entry = _Entry(depth, grad, module.training, told.within(outer))
-        if self._follows_chain():
+        if self._looks:
             self._others.update(told.others)
 
     def _see(self, read: Read[ToldMasks]) -> None:
@@ -220,9 +221,7 @@ class Capture:
             state = read()[1]
             if self._follows_chain():
                 self._chain.begin(state)
-            given = self._mask() if callable(self._mask) else self._mask
-            masks = entry.masks if given is None else CallMasks(given)
-            self._forward = self._start(state, masks)
+            self._forward = self._start(state, entry.masks if self._mask is None else CallMasks(_given(self._mask)))
             self._others.clear()
             if self._forward is not None:
                 self._store(self._forward, state)
@@ -291,9 +290,10 @@ class Capture:
                 "do not tell how a document goes on in the next slice; pass a boolean mask, monitor.step(k, mask=...), "
                 "to take each row as one sequence"
             )
-        mask = token_groups(masks, rows, tokens)
-        if mask is None and self._mask is None:
-            self.unread = self.unread or unread_mask(self._others, rows, tokens)
+        mask = token_groups(masks, rows, tokens, exact=self._mask is not None)
+        if self._looks and mask is None and self._mask is None:
+            self.unread = unread_mask(self._others, rows, tokens)
+        self._looks = False
         selection = self.choose((rows, tokens), state).to(state.device)
         view = self.buffer.view((len(self.stream) + 1, *selection.shape, features), state)
         return Recording(view, view.unbind(), {state.device: selection}, (rows, tokens, features), flat_tokens, mask)
@@ -338,6 +338,18 @@ class Capture:
 def _in_backward() -> bool:
     """Whether autograd is running: activation checkpointing then repeats forwards. Grad mode does not tell."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _given(mask: GivenMask) -> Tensor:
+    """The mask itself.
+
+    Raises:
+        CaptureError: the function that gives it has raised.
+    """
+    try:
+        return mask() if callable(mask) else mask
+    except Exception as error:
+        raise CaptureError(f"the function given as mask= raised {type(error).__name__}: {error}") from error
 
 
 def _in_transform() -> bool:

@@ -1,6 +1,7 @@
 """Which tokens are padding, and which belong together: read from the arguments that models are called with."""
 
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple, no_type_check
@@ -75,7 +76,13 @@ def _may_be_mask(name: str, value: object) -> bool:
 @lru_cache(maxsize=64)
 def _arguments(forward: Callable[..., Any]) -> list[str]:
     """Names of the arguments of a class's `forward`: they take a while to find, and each sampled step asks."""
-    return list(inspect.signature(forward).parameters)[1:]
+    return _names(forward)[1:]
+
+
+def _names(forward: Callable[..., Any]) -> list[str]:
+    """Names of arguments; those that stand for any number of them begin with a star."""
+    parameters = inspect.signature(forward).parameters.values()
+    return [f"*{p.name}" if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) else p.name for p in parameters]
 
 
 @no_type_check  # compilers trace it
@@ -94,7 +101,7 @@ class MaskReader:
 
     def __init__(self, module: Module, *, decoder: bool = False) -> None:
         if "forward" in module.__dict__:  # put over that of the class, as accelerate does
-            self._parameters = list(inspect.signature(module.forward).parameters)
+            self._parameters = _names(module.forward)
         else:
             self._parameters = _arguments(type(module).forward)
         self._targets = (TARGETS,) if decoder and "decoder_input_ids" in self._parameters else ()
@@ -120,8 +127,9 @@ class MaskReader:
 
     def others(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
         """Arguments that may be masks of padding, and that nothing else here reads."""
-        unnamed = (f"argument {place}" for place in range(len(self._parameters), len(args)))
-        given = dict(zip((*self._parameters, *unnamed), args, strict=False)) | kwargs
+        named = list(itertools.takewhile(lambda name: name[0] != "*", self._parameters))
+        names = (*named, *(f"argument {place}" for place in range(len(named), len(args))))
+        given = dict(zip(names, args, strict=False)) | kwargs
         return {name: value for name, value in given.items() if name not in _KNOWN and _may_be_mask(name, value)}
 
     def takes_mask(self) -> bool:
@@ -149,15 +157,17 @@ class MaskReader:
         return value is None and name in self._parameters, None
 
 
-def token_groups(masks: CallMasks, rows: int, tokens: int) -> Bool[Tensor, "B T"] | Int[Tensor, "B T"] | None:
+def token_groups(
+    masks: CallMasks, rows: int, tokens: int, *, exact: bool = False
+) -> Bool[Tensor, "B T"] | Int[Tensor, "B T"] | None:
     """One mask `[rows, tokens]` of what a call said: 0 is padding, k is document k of its row; None, no padding.
 
-    Where documents are told in several ways, another begins wherever one of them says so.
+    Where documents are told in several ways, another begins wherever one of them says so. `exact`: see `fit_mask`.
 
     Raises:
         ValueError: a mask of another shape.
     """
-    padding = fit_mask(masks.padding, rows, tokens)
+    padding = fit_mask(masks.padding, rows, tokens, exact=exact)
     if padding is None and (targets := _fitting(masks.targets, rows, tokens)) is not None:
         padding = (targets != NO_TARGET).flip(1).cumsum(1).flip(1) > 0
     ids, segments = (_fitting(values, rows, tokens) for values in (masks.position_ids, masks.segments))
@@ -200,17 +210,19 @@ def _between(boundaries: Int[Tensor, " N1"], tokens: int) -> Int64[Tensor, "1 T"
     return torch.where(number < len(boundaries) - 1, number, -1).unsqueeze(0)
 
 
-def fit_mask(mask: Tensor | None, rows: int, tokens: int) -> Tensor | None:
+def fit_mask(mask: Tensor | None, rows: int, tokens: int, *, exact: bool = False) -> Tensor | None:
     """A mask of the states' shape `[rows, tokens]`, from what models and users call a mask.
+
+    `exact`: it was made for these states, and has no tokens in front of them.
 
     Raises:
         ValueError: it is something else.
     """
     if mask is None or (isinstance(mask, Tensor) and mask.shape == (rows, tokens)):
         return mask
-    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] == rows and mask.shape[1] > tokens:
+    if not exact and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] == rows and mask.shape[1] > tokens:
         return mask[:, -tokens:]  # covers cached or virtual tokens in front
-    if isinstance(mask, Tensor) and mask.shape == (tokens, tokens):
+    if not exact and isinstance(mask, Tensor) and mask.shape == (tokens, tokens):
         return None  # which token sees which: says nothing about padding
     got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
     raise ValueError(

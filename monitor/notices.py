@@ -115,12 +115,15 @@ def _if_compiled(resident: bool) -> str:
 
 def recorded_nothing(step: MeasuredStep, first_block: str, resident: bool) -> str:
     """A step without a single forward that was measured."""
+    skips = any(what.startswith("forwards that") for what in step.ignored)
+    skipped = (
+        "; where blocks are skipped at random in training, as by LayerDrop, measure a probe_batch" if skips else ""
+    )
     seen = ", ".join(f"{number} {what}" for what, number in step.ignored.items()) or "no forward at all"
     return (
         f"recorded nothing on step {step.number}: expected a training-mode forward with gradients through "
         f"'{first_block}', saw {seen}. {_if_compiled(resident)}; if other "
-        "blocks run, or in another order, pass blocks=[...] in the order in which they run; where blocks are left out "
-        "at random, as by LayerDrop, or by an early exit, a probe_batch is measured through all of them"
+        f"blocks run, or in another order, pass blocks=[...] in the order in which they run{skipped}"
     )
 
 
