@@ -354,7 +354,7 @@ def _given(mask: GivenMask) -> Tensor:
 
 def _in_transform() -> bool:
     """Whether a transform of torch.func runs, such as `vmap` or `grad`."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _itself(output: Tensor) -> Tensor:
