@@ -222,9 +222,9 @@ class Capture:
             if self._follows_chain():
                 self._chain.begin(state)
             self._forward = self._start(state, entry.masks if self._mask is None else CallMasks(_given(self._mask)))
-            self._others.clear()
             if self._forward is not None:
                 self._store(self._forward, state)
+        self._others.clear()
 
     def _leave(self, owned: list[int], read: Read[Tensor]) -> None:
         """Block l returns: take h^(l+1).

@@ -124,7 +124,7 @@ class Monitor:
         self.run: RunInfo = describe_run(model, self.stream, self.config, name, probe=self._probe is not None)
         self._schedule = Schedule(self.config.every_n_steps)
         self._metrics: tuple[Metric, ...] = self.config.metrics
-        self._sink = FanOutSink(sinks) if is_first_rank() else FanOutSink(())
+        self._sink = FanOutSink(sinks if is_first_rank() else ())
         self._warn = WarnOnce()
         self._step: MeasuredStep | None = None
         self._is_open = False
@@ -389,7 +389,7 @@ class Monitor:
         if self._step is not None:
             self._step.ignored.update(self._capture.ignored)
             if unread := self._capture.unread:
-                self._warn(unread_mask(unread), key="unread mask")
+                self._warn(unread_mask(unread, probe=self._probe is not None), key="unread mask")
             if broken := self._capture.broken:
                 self._warn(
                     f"left out forwards of step {self._step.number}, and those of later steps as long as this is so: "

@@ -127,12 +127,15 @@ def recorded_nothing(step: MeasuredStep, first_block: str, resident: bool) -> st
     )
 
 
-def unread_mask(what: str) -> str:
-    """No mask was read, and something looks like one."""
+def unread_mask(what: str, *, probe: bool) -> str:
+    """No mask was read, and something looks like one. `probe`: of a probe batch, of which none can be given."""
+    given = (
+        "Pass what is not 0 at tokens: monitor.step(k, mask=...), or mask=lambda batch: ... of the Lightning callback"
+    )
+    remedy = "Take a probe_batch without padding" if probe else given
     return (
-        f"measures every token, padding too if there is any: no mask was seen under a name that is known "
-        f"({', '.join(PADDING_ARGUMENTS)}), and {what} may be one. Pass what is not 0 at tokens: "
-        "monitor.step(k, mask=...), or mask=lambda batch: ... of the Lightning callback"
+        "measures every token, padding too if there is any: no mask was seen under a name that is known "
+        f"({', '.join(PADDING_ARGUMENTS)}), and {what} may be one. {remedy}"
     )
 
 

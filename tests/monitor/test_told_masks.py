@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -127,6 +128,22 @@ def test_what_is_no_mask_of_padding_is_not_taken_for_one(recwarn) -> None:
     assert said(recwarn.list) == []
 
 
+def test_a_forward_that_is_left_out_says_nothing_of_the_masks_of_others(recwarn) -> None:
+    model = Padded()
+    monitor = Monitor(model, MonitorConfig(every_n_steps=1))
+    with monitor.step(0):
+        model.eval()(IDS, KEEP)
+        model.train()(IDS).sum().backward()
+    assert said(recwarn.list) == []
+
+
+def test_padding_of_a_probe_batch_cannot_be_given() -> None:
+    with pytest.warns(
+        RepflowWarning, match=r"'is_pad', bool \[4, 12\], may be one. Take a probe_batch without padding"
+    ):
+        assert measured(Padded(), IDS, probe_batch=(IDS, ~KEEP)).tokens == 48
+
+
 def test_a_function_gives_the_mask_of_each_forward_that_is_measured() -> None:
     model, given = Padded(), iter([KEEP, ~KEEP])
     monitor = Monitor(model, MonitorConfig(every_n_steps=2))
@@ -190,10 +207,22 @@ def trained(model: Any, stream: str, **batch: Tensor) -> Snapshot:
     return monitor.latest
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_padding_of_a_compiled_decoder(dynamic: bool) -> None:
+class Translator(nn.Module):
+    """The arguments of an encoder-decoder, and the decoder's input made of its targets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = toy.Toy()
+
+    def forward(self, input_ids: Tensor, decoder_input_ids: Tensor | None = None, labels: Tensor | None = None) -> Any:
+        assert labels is not None
+        return SimpleNamespace(loss=self.decoder(labels.clamp(min=0)).sum())
+
+
+def test_padding_of_a_compiled_decoder() -> None:
     torch.compiler.reset()
-    model: Any = torch.compile(SEQ2SEQ["T5"]().train(), backend="aot_eager", dynamic=dynamic)
+    model: Any = Translator()
+    model.compile(backend="eager")
     assert trained(model, "decoder", labels=labels()).tokens == 22
 
 
