@@ -1,7 +1,8 @@
 """The Lightning callback: `Trainer(callbacks=[RepresentationMonitor()])`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,9 @@ class RepresentationMonitor(Callback):
         stream: see `repflow.monitor.find_residual_stream`.
         name: of the run.
         log_states: which states become scalars in the loggers: "auto", "all", or their numbers.
+        mask: from a batch to the mask `[B, T]` of what the model makes of it, not 0 at tokens, where the model does not
+            receive one under a name such as `attention_mask`: `mask=lambda batch: ~batch["is_pad"]`. Called for each
+            forward that is measured, with the batch on the module's device.
         probe_batch: measure this batch every time instead of the training batches; see `repflow.monitor.Monitor`. It is
             given to the `forward` of the LightningModule, in the trainer's precision.
         process_group: the ranks that share a batch; see `repflow.monitor.Monitor`. A group, or a function that takes
@@ -57,7 +61,7 @@ class RepresentationMonitor(Callback):
         options: fields of `MonitorConfig`.
 
     Raises:
-        TypeError: an option that does not exist, or both a config and options.
+        TypeError: an option that does not exist, both a config and options, or a `mask` that cannot be called.
         ValueError: an option out of its range; when fitting starts, a model whose blocks are not found.
     """
 
@@ -70,6 +74,7 @@ class RepresentationMonitor(Callback):
         stream: str | None = None,
         name: str | None = None,
         log_states: StateChoice = "auto",
+        mask: Callable[[Any], Tensor] | None = None,
         probe_batch: ProbeBatch | None = None,
         process_group: GivenGroup = None,
         sequence_group: GivenGroup = None,
@@ -88,6 +93,12 @@ class RepresentationMonitor(Callback):
             process_group=process_group,
             sequence_group=sequence_group,
         )
+        if not (mask is None or callable(mask)):
+            raise TypeError(
+                f"`{type(self).__name__}`: expected mask as a function from a batch to its mask, got "
+                f"{type(mask).__name__}; write mask=lambda batch: ..."
+            )
+        self._mask = mask
         self.config = self._choices.config
         self.monitor: Monitor | None = None
         """The engine, from the start of fitting on."""
@@ -127,7 +138,8 @@ class RepresentationMonitor(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Open the optimizer step that this micro-batch belongs to."""
         if self.monitor is not None:
-            self._open = self.monitor.step(_optimizer_step(trainer))
+            mask = None if self._mask is None else partial(self._mask, batch)
+            self._open = self.monitor.step(_optimizer_step(trainer), mask=mask)
             probe = self._choices.probe_batch is not None  # it runs here, in the precision of the training step
             with trainer.precision_plugin.forward_context() if probe else nullcontext():
                 self._open.__enter__()

@@ -2,7 +2,8 @@
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +14,14 @@ from torch.nn import Module
 from repflow.monitor.buffer import CaptureBuffer
 from repflow.monitor.captured import CapturedForward, Recording
 from repflow.monitor.chain import Chain
-from repflow.monitor.masks import CallMasks, ToldMasks, token_groups
+from repflow.monitor.masks import CallMasks, ToldMasks, token_groups, unread_mask
 from repflow.monitor.residual_stream import Block, ResidualStream
 from repflow.monitor.sampling import Selection
 from repflow.monitor.taps import Read, Taps, outside_graphs
 from repflow.monitor.weakly import weakly
+
+GivenMask = Tensor | Callable[[], Tensor]
+"""A mask `[B, T]` in place of those that the model receives, or what gives it when a forward is recorded."""
 
 
 class CaptureError(RuntimeError):
@@ -64,11 +68,15 @@ class Capture:
     ignored: Counter[str] = field(default_factory=Counter)
     broken: str | None = None
     """How the chain of blocks broke since `arm`: those forwards were left out."""
+    unread: str | None = None
+    """What may be the mask of a forward that was recorded without one."""
     _chain: Chain = field(init=False)
     _taps: Taps | None = None
     _entry: _Entry | None = None
     _forward: Recording | None = None
-    _mask: Tensor | None = None
+    _mask: GivenMask | None = None
+    _looks: bool = True  # for masks under other names, up to the first forward that is recorded
+    _others: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._chain = Chain(self.stream)
@@ -78,7 +86,7 @@ class Capture:
         if self.resident:
             self._taps = self._tap()
 
-    def arm(self, mask: Tensor | None) -> None:
+    def arm(self, mask: GivenMask | None) -> None:
         """Begin to record. `mask` replaces the masks that the model receives."""
         self.disarm()
         self.ignored.clear()
@@ -86,6 +94,15 @@ class Capture:
         self._mask = mask
         self._taps = self._taps or self._tap()
         self._taps.arm()
+
+    @contextmanager
+    def masked(self, mask: GivenMask) -> Iterator[None]:
+        """In here, `mask` replaces the masks that the model receives."""
+        around, self._mask = self._mask, mask
+        try:
+            yield
+        finally:
+            self._mask = around
 
     def disarm(self) -> None:
         """Record no more. A forward that is under way is dropped."""
@@ -96,6 +113,7 @@ class Capture:
         if self._forward is not None:
             self._count_incomplete(self._forward)
         self._chain.end()
+        self._others.clear()
         self._entry = self._forward = self._mask = None
 
     def remove(self) -> None:
@@ -107,8 +125,10 @@ class Capture:
     def _tap(self) -> Taps:
         taps, call = Taps(resident=self.resident), self._call
         for depth, module in enumerate(self.stream.ancestors):
-            taps.on_masks(module, call(self._enter, depth, module))
+            taps.on_masks(module, call(self._enter, depth, module), decoder=self.stream.is_decoder)
         first = self.stream.blocks[0]
+        if self._looks and not self.resident:
+            taps.on_masks(first.module, call(self._see))
         taps.on_entry(first.module, first.reader.entry, call(self._begin, first.module))
         indices: dict[Module, list[Block]] = {}
         for block in self.stream.blocks[: -1 if self.final_norm else None]:
@@ -140,6 +160,13 @@ class Capture:
         outer = self._entry.masks if inside and self._entry is not None else CallMasks()
         grad, told = read()
         self._entry = _Entry(depth, grad, module.training, told.within(outer))
+        if self._looks:
+            self._others.update(told.others)
+
+    def _see(self, read: Read[ToldMasks]) -> None:
+        """The first block is about to begin: what it takes besides its state may be a mask that the model has made."""
+        if self._forward is None and not _in_backward():
+            self._others.update(read()[1].others)
 
     def _begin(self, module: Module, read: Read[Tensor]) -> None:
         """The first block is called: decide whether to record, and take h^(0)."""
@@ -149,7 +176,9 @@ class Capture:
         if self._forward is not None:
             self._count_incomplete(self._forward)
             self._forward = None
-        if self.training_only and not entry.grad:
+        if _in_transform():
+            self.ignored["forwards inside of torch.func, whose states are not tensors by themselves"] += 1
+        elif self.training_only and not entry.grad:
             self.ignored["forwards without gradients"] += 1
         elif self.training_only and not entry.training:
             self.ignored["forwards in evaluation mode"] += 1
@@ -157,22 +186,22 @@ class Capture:
             state = read()[1]
             if self._follows_chain():
                 self._chain.begin(state)
-            masks = CallMasks(self._mask) if self._mask is not None else entry.masks
-            self._forward = self._start(state, masks)
+            self._forward = self._start(state, entry.masks if self._mask is None else CallMasks(_given(self._mask)))
             if self._forward is not None:
                 self._store(self._forward, state)
+        self._others.clear()
 
     def _leave(self, owned: list[int], read: Read[Tensor]) -> None:
         """Block l returns: take h^(l+1).
 
         `owned` are the positions of this module in the stream, several if it is shared.
         """
-        forward = self._forward
-        if forward is None or _in_backward():
+        forward, entry = self._forward, self._entry
+        if _in_backward() or (forward is None and not (entry and entry.grad and entry.training)):
             return
-        index = forward.filled - 1
-        if index not in owned:  # also what skips a block at random, as LayerDrop does
-            self._forward = None
+        index = 0 if forward is None else forward.filled - 1
+        if forward is None or index not in owned:  # also what skips a block at random, as LayerDrop does
+            self._forward = self._entry = None
             what = f"'{self._name(owned[0])}' where '{self._name(index)}' was expected"
             self.ignored[f"forwards that ran {what}"] += 1
             return
@@ -226,7 +255,10 @@ class Capture:
                 "do not tell how a document goes on in the next slice; pass a boolean mask, monitor.step(k, mask=...), "
                 "to take each row as one sequence"
             )
-        mask = token_groups(masks, rows, tokens)
+        mask = token_groups(masks, rows, tokens, exact=self._mask is not None)
+        if self._looks and mask is None and self._mask is None:
+            self.unread = unread_mask(self._others, rows, tokens)
+        self._looks = False
         selection = self.choose((rows, tokens), state).to(state.device)
         view = self.buffer.view((len(self.stream) + 1, *selection.shape, features), state)
         return Recording(view, view.unbind(), {state.device: selection}, (rows, tokens, features), flat_tokens, mask)
@@ -237,8 +269,8 @@ class Capture:
         if state.shape != forward.shape:
             raise CaptureError(
                 f"expected every state to be {list(forward.shape)} like the first, got {list(state.shape)} from "
-                f"'{self._name(forward.filled - 1)}'; repflow follows a stream of one width: "
-                "pass the part of the model that has it, blocks=[...]"
+                f"'{self._name(forward.filled - 1)}'; repflow follows a stream of one width, which blocks return as a "
+                "tensor or first in a tuple: pass the part of the model that has it, blocks=[...]"
             )
         if state.dtype != forward.view.dtype and not self._widen(forward, state.dtype):
             return
@@ -268,6 +300,23 @@ class Capture:
 def _in_backward() -> bool:
     """Whether autograd is running: activation checkpointing then repeats forwards. Grad mode does not tell."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _given(mask: GivenMask) -> Tensor:
+    """The mask itself.
+
+    Raises:
+        CaptureError: the function that gives it has raised.
+    """
+    try:
+        return mask() if callable(mask) else mask
+    except Exception as error:
+        raise CaptureError(f"the function given as mask= raised {type(error).__name__}: {error}") from error
+
+
+def _in_transform() -> bool:
+    """Whether a transform of torch.func runs, such as `vmap` or `grad`."""
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _itself(output: Tensor) -> Tensor:

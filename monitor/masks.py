@@ -1,7 +1,8 @@
 """Which tokens are padding, and which belong together: read from the arguments that models are called with."""
 
 import inspect
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple, no_type_check
 
@@ -22,6 +23,9 @@ PADDING_ARGUMENTS: dict[str, Callable[[Tensor], Tensor]] = {
 SEGMENT_ARGUMENTS = ("seq_idx",)
 """Names under which models take the number of each token's document `[B, T]`, from 0; less is padding."""
 
+TARGETS, NO_TARGET = "labels", -100
+"""Under which models of encoder and decoder take what the decoder is to predict, and what stands at padding there."""
+
 BOUNDARY_ARGUMENTS = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens", "cu_seq_lens")
 """Names under which models take where each document of a single packed row begins, and the last one ends."""
 
@@ -37,11 +41,13 @@ class CallMasks(NamedTuple):
     """Number of the document, from 0."""
     boundaries: Int[Tensor, " N1"] | None = None
     """Where each of N documents of the only row begins, and the last one ends."""
+    targets: Int[Tensor, "B T"] | None = None
+    """What a decoder is to predict: behind the last one of a row that is not `NO_TARGET` there is padding."""
 
     def of_flat_tokens(self) -> "CallMasks":
         """The same of states without a dimension for rows."""
         rows = (None if mask is None else mask.reshape(1, -1) for mask in self[:3])
-        return CallMasks(*rows, boundaries=self.boundaries)
+        return CallMasks(*rows, boundaries=self.boundaries)  # which no encoder-decoder has: it has no `targets`
 
 
 class ToldMasks(NamedTuple):
@@ -50,6 +56,8 @@ class ToldMasks(NamedTuple):
     masks: CallMasks
     tells: tuple[bool, ...]
     """Which of them the call tells."""
+    others: Mapping[str, Tensor] = {}
+    """By name, tensors among its arguments that may be masks, under names that are not known."""
 
     def within(self, outer: CallMasks) -> CallMasks:
         """The masks of the call, where `outer` are those of the call around it."""
@@ -57,10 +65,24 @@ class ToldMasks(NamedTuple):
         return CallMasks(*(own if told else around for told, own, around in pairs))
 
 
+_KNOWN = frozenset([*PADDING_ARGUMENTS, *SEGMENT_ARGUMENTS, *BOUNDARY_ARGUMENTS, "position_ids"])
+
+
+def _may_be_mask(name: str, value: object) -> bool:
+    """Whether an argument is of booleans, or called a mask or padding."""
+    return isinstance(value, Tensor) and (value.dtype == torch.bool or "mask" in name or "pad" in name)
+
+
 @lru_cache(maxsize=64)
 def _arguments(forward: Callable[..., Any]) -> list[str]:
     """Names of the arguments of a class's `forward`: they take a while to find, and each sampled step asks."""
-    return list(inspect.signature(forward).parameters)[1:]
+    return _names(forward)[1:]
+
+
+def _names(forward: Callable[..., Any]) -> list[str]:
+    """Names of arguments; those that stand for any number of them begin with a star."""
+    parameters = inspect.signature(forward).parameters.values()
+    return [f"*{p.name}" if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) else p.name for p in parameters]
 
 
 @no_type_check  # compilers trace it
@@ -70,13 +92,19 @@ class MaskReader:
     A call of a module further in says more than one further out, for it is nearer to the blocks: a decoder that is
     called without a mask has none, whatever its encoder's is. Where it does not tell, because the module takes no such
     argument or was given it in another form (already widened to 4-D, say), what was found further out holds.
+
+    Args:
+        module: whose calls are read.
+        decoder: whether the blocks are those of a decoder beside an encoder, of which `labels` then tell the padding:
+            models shift them to the right for its input, and pass it no mask of its own.
     """
 
-    def __init__(self, module: Module) -> None:
+    def __init__(self, module: Module, *, decoder: bool = False) -> None:
         if "forward" in module.__dict__:  # put over that of the class, as accelerate does
-            self._parameters = list(inspect.signature(module.forward).parameters)
+            self._parameters = _names(module.forward)
         else:
             self._parameters = _arguments(type(module).forward)
+        self._targets = (TARGETS,) if decoder and "decoder_input_ids" in self._parameters else ()
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, boundaries: bool = True) -> ToldMasks:
         """What a call tells. A compiler traces this, without `boundaries`.
@@ -93,8 +121,16 @@ class MaskReader:
         tells_positions, ids = self._argument("position_ids", args, kwargs)
         tells_segments, segments = self._first(SEGMENT_ARGUMENTS, args, kwargs)
         tells_boundaries, ends = self._first(BOUNDARY_ARGUMENTS, args, kwargs, 1) if boundaries else (False, None)
-        told = CallMasks(padding, ids, segments, ends)
-        return ToldMasks(told, (tells_padding, tells_positions, tells_segments, tells_boundaries))
+        tells_targets, targets = self._first(self._targets, args, kwargs)
+        told = CallMasks(padding, ids, segments, ends, targets)
+        return ToldMasks(told, (tells_padding, tells_positions, tells_segments, tells_boundaries, tells_targets))
+
+    def others(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """Arguments that may be masks of padding, and that nothing else here reads."""
+        named = list(itertools.takewhile(lambda name: name[0] != "*", self._parameters))
+        names = (*named, *(f"argument {place}" for place in range(len(named), len(args))))
+        given = dict(zip(names, args, strict=False)) | kwargs
+        return {name: value for name, value in given.items() if name not in _KNOWN and _may_be_mask(name, value)}
 
     def takes_mask(self) -> bool:
         """Whether the module's forward names a mask."""
@@ -121,15 +157,19 @@ class MaskReader:
         return value is None and name in self._parameters, None
 
 
-def token_groups(masks: CallMasks, rows: int, tokens: int) -> Bool[Tensor, "B T"] | Int[Tensor, "B T"] | None:
+def token_groups(
+    masks: CallMasks, rows: int, tokens: int, *, exact: bool = False
+) -> Bool[Tensor, "B T"] | Int[Tensor, "B T"] | None:
     """One mask `[rows, tokens]` of what a call said: 0 is padding, k is document k of its row; None, no padding.
 
-    Where documents are told in several ways, another begins wherever one of them says so.
+    Where documents are told in several ways, another begins wherever one of them says so. `exact`: see `fit_mask`.
 
     Raises:
         ValueError: a mask of another shape.
     """
-    padding = fit_mask(masks.padding, rows, tokens)
+    padding = fit_mask(masks.padding, rows, tokens, exact=exact)
+    if padding is None and (targets := _fitting(masks.targets, rows, tokens)) is not None:
+        padding = (targets != NO_TARGET).flip(1).cumsum(1).flip(1) > 0
     ids, segments = (_fitting(values, rows, tokens) for values in (masks.position_ids, masks.segments))
     if masks.boundaries is not None and rows == 1:
         segments = _between(masks.boundaries, tokens)
@@ -141,6 +181,19 @@ def token_groups(masks: CallMasks, rows: int, tokens: int) -> Bool[Tensor, "B T"
         valid = valid & (segments >= 0)
     numbered = padding is not None and padding.dtype != torch.bool
     return _documents(valid, ids, [segments, padding if numbered else None])
+
+
+def unread_mask(others: Mapping[str, Tensor], rows: int, tokens: int) -> str | None:
+    """What may be a mask of states `[rows, tokens]`, in words: of their shape, or with ones between; else None.
+
+    `[T, T]` is not: it says which token sees which.
+    """
+    for name, value in others.items():
+        shape = list(value.shape)
+        fits = [*shape[:1], *shape[-1:]] == [rows, tokens] and value.numel() == rows * tokens
+        if fits and (len(shape) > 2 or rows != tokens):
+            return f"{name!r}, {str(value.dtype).removeprefix('torch.')} {shape},"
+    return None
 
 
 def _fitting(values: Tensor | None, rows: int, tokens: int) -> Tensor | None:
@@ -157,17 +210,19 @@ def _between(boundaries: Int[Tensor, " N1"], tokens: int) -> Int64[Tensor, "1 T"
     return torch.where(number < len(boundaries) - 1, number, -1).unsqueeze(0)
 
 
-def fit_mask(mask: Tensor | None, rows: int, tokens: int) -> Tensor | None:
+def fit_mask(mask: Tensor | None, rows: int, tokens: int, *, exact: bool = False) -> Tensor | None:
     """A mask of the states' shape `[rows, tokens]`, from what models and users call a mask.
+
+    `exact`: it was made for these states, and has no tokens in front of them.
 
     Raises:
         ValueError: it is something else.
     """
     if mask is None or (isinstance(mask, Tensor) and mask.shape == (rows, tokens)):
         return mask
-    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] == rows and mask.shape[1] > tokens:
+    if not exact and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] == rows and mask.shape[1] > tokens:
         return mask[:, -tokens:]  # covers cached or virtual tokens in front
-    if isinstance(mask, Tensor) and mask.shape == (tokens, tokens):
+    if not exact and isinstance(mask, Tensor) and mask.shape == (tokens, tokens):
         return None  # which token sees which: says nothing about padding
     got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
     raise ValueError(

@@ -3,7 +3,7 @@
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,11 +12,11 @@ from torch.nn import Module
 
 from repflow.monitor.accumulator import Accumulator
 from repflow.monitor.buffer import CaptureBuffer
-from repflow.monitor.capture import Capture
+from repflow.monitor.capture import Capture, GivenMask
 from repflow.monitor.captured import CapturedForward
 from repflow.monitor.config import Metric, MonitorConfig
 from repflow.monitor.delivery import MeasuredStep, step_number
-from repflow.monitor.notices import broken_chain
+from repflow.monitor.notices import broken_chain, goes_back, never_entered, unread_mask
 from repflow.monitor.probe import Probe, ProbeBatch
 from repflow.monitor.publication import Publication
 from repflow.monitor.ranks import is_first_rank
@@ -106,7 +106,7 @@ class Monitor:
         sequence_group: "torch.distributed.ProcessGroup | None" = None,
         probe_batch: ProbeBatch | None = None,
     ) -> None:
-        self.config = config or MonitorConfig()
+        self.config = MonitorConfig.from_options(config, {})
         self.stream: ResidualStream = find_residual_stream(model, blocks, stream=stream)
         if self.config.states == "hf" and self.stream.final_norm is None:
             raise ValueError(
@@ -129,6 +129,8 @@ class Monitor:
         self._step: MeasuredStep | None = None
         self._is_open = False
         self._cut_off = False  # by an exception: whether the other ranks go on is unknown
+        self._latest_number = 0
+        self._called: int | None = None  # the step that `step` was called for, until it is entered
         self._signatures = SignatureBook(self.config.rules)
         self._publication = Publication(
             self.run,
@@ -154,8 +156,7 @@ class Monitor:
         """The last snapshot that arrived."""
         return self._publication.latest
 
-    @contextmanager
-    def step(self, step: int, *, mask: Tensor | None = None) -> Iterator[None]:
+    def step(self, step: int, *, mask: GivenMask | None = None) -> AbstractContextManager[None]:
         """Covers one optimizer step: its forwards, and its backwards if activations are checkpointed.
 
         Each forward of the model inside that has gradients enabled and the model in training mode is one micro-batch.
@@ -164,18 +165,28 @@ class Monitor:
 
         Args:
             step: number of the optimizer step, from 0.
-            mask: `[B, T]`, attention mask or document numbers, in place of the one that the model receives. That of a
-                probe batch is in the batch.
+            mask: `[B, T]`, attention mask or document numbers, in place of the one that the model receives; or a
+                function that gives it, called for each forward that is measured. A step entered again inside of itself
+                with a mask has that for the forwards in there. That of a probe batch is in the batch.
 
         Raises:
             TypeError: a step that is not an integer.
             ValueError: a negative step.
         """
-        step = step_number(step)
+        if self._called is not None:
+            self._warn(never_entered(self._called), key="never entered")
+        self._called = step_number(step)
+        return self._entered(self._called, mask)
+
+    @contextmanager
+    def _entered(self, step: int, mask: GivenMask | None) -> Iterator[None]:
+        self._called = None
         if self._is_open:
             if self._step is not None and self._step.number != step:
                 self._warn(f"left out step {step}, which began inside of step {self._step.number}", key="nested")
-            yield
+                mask = None
+            with nullcontext() if mask is None else self._capture.masked(mask):
+                yield
             return
         self._cut_off = False
         if self._step is not None and self._step.number != step:
@@ -185,6 +196,9 @@ class Monitor:
         if not (self._schedule(step) and (self.enabled or self._publication.meets_others)):
             yield
             return
+        if step < self._latest_number:
+            self._warn(goes_back(step, self._latest_number), key="goes back")
+        self._latest_number = step
         self._step = self._step or MeasuredStep(step)
         self._is_open = True
         try:
@@ -248,6 +262,8 @@ class Monitor:
             self._step = None
             self._run(self._collect)
             self._publication.forget()
+        if self._called is not None:
+            self._warn(never_entered(self._called), key="never entered")
         self.flush()
         self._publication.leave()
         self._run(self._capture.disarm)
@@ -304,7 +320,7 @@ class Monitor:
             raise RuntimeError("a hook ran outside of a monitored step")
         return self._step
 
-    def _arm(self, mask: Tensor | None) -> None:
+    def _arm(self, mask: GivenMask | None) -> None:
         self._publication.join()
         if self.enabled:
             self._capture.arm(mask)
@@ -345,6 +361,8 @@ class Monitor:
         self._decays.forget()
         if self._step is not None:
             self._step.ignored.update(self._capture.ignored)
+            if unread := self._capture.unread:
+                self._warn(unread_mask(unread, probe=self._probe is not None), key="unread mask")
             if broken := self._capture.broken:
                 self._warn(broken_chain(self._step, broken), key="recorded nothing")
 

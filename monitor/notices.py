@@ -6,6 +6,7 @@ from torch import Tensor
 
 from repflow.monitor.alert import Alert
 from repflow.monitor.delivery import MeasuredStep
+from repflow.monitor.masks import PADDING_ARGUMENTS
 from repflow.monitor.ranks import Part
 from repflow.monitor.sequence_shards import MAX_SEQUENCES
 from repflow.monitor.snapshot import RunInfo, Snapshot
@@ -114,11 +115,15 @@ def _if_compiled(resident: bool) -> str:
 
 def recorded_nothing(step: MeasuredStep, first_block: str, resident: bool) -> str:
     """A step without a single forward that was measured."""
+    skips = any(what.startswith("forwards that") for what in step.ignored)
+    skipped = (
+        "; where blocks are skipped at random in training, as by LayerDrop, measure a probe_batch" if skips else ""
+    )
     seen = ", ".join(f"{number} {what}" for what, number in step.ignored.items()) or "no forward at all"
     return (
         f"recorded nothing on step {step.number}: expected a training-mode forward with gradients through "
         f"'{first_block}', saw {seen}. {_if_compiled(resident)}; if other "
-        "blocks run, or in another order, pass blocks=[...] in the order in which they run"
+        f"blocks run, or in another order, pass blocks=[...] in the order in which they run{skipped}"
     )
 
 
@@ -128,6 +133,31 @@ def broken_chain(step: MeasuredStep, broken: str) -> str:
         f"left out forwards of step {step.number}, and those of later steps as long as this is so: {broken}. "
         "Pass blocks=[...] in the order in which they run, up to where this is so"
     )
+
+
+def unread_mask(what: str, *, probe: bool) -> str:
+    """No mask was read, and something looks like one. `probe`: of a probe batch, of which none can be given."""
+    given = (
+        "Pass what is not 0 at tokens: monitor.step(k, mask=...), or mask=lambda batch: ... of the Lightning callback"
+    )
+    remedy = "Take a probe_batch without padding" if probe else given
+    return (
+        "measures every token, padding too if there is any: no mask was seen under a name that is known "
+        f"({', '.join(PADDING_ARGUMENTS)}), and {what} may be one. {remedy}"
+    )
+
+
+def goes_back(step: int, last: int) -> str:
+    """Numbers of steps that begin again, as those of batches in each epoch do."""
+    return (
+        f"measures step {step} after step {last}: expected numbers that grow over all epochs, such as those of "
+        "optimizer steps since the start; of steps with the same number a run file shows the last"
+    )
+
+
+def never_entered(step: int) -> str:
+    """`monitor.step(k)` without `with`."""
+    return f"did not begin step {step}: expected `with monitor.step({step}):` around its forwards, got a call alone"
 
 
 def silent_ranks(step: int, parts: Mapping[int, Part]) -> str:

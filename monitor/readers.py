@@ -28,8 +28,11 @@ def _first_tensor_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     for value in (*map(_head, args[:1]), *named, *args, *kwargs.values()):
         if isinstance(value, Tensor) and value.is_floating_point():
             return value
-    got = [type(value).__name__ for value in (*args, *kwargs.values())]
-    raise TypeError(f"expected a block that takes its state as a floating tensor, got arguments {got}")
+    got = ", ".join(map(_describe, (*args, *kwargs.values()))) or "none"
+    raise TypeError(
+        f"expected a block that takes its state as a floating tensor, got arguments {got}; "
+        "pass the blocks that do, without an embedding before or a head behind them, blocks=[...]"
+    )
 
 
 def _head(value: Any) -> Any:
@@ -44,9 +47,15 @@ def _first_tensor_out(output: Any) -> Tensor:
     if not (isinstance(first, Tensor) and first.is_floating_point()):
         raise TypeError(
             "expected a block that returns its state as a floating tensor, or first in a tuple, "
-            f"got {type(output).__name__}"
+            f"got {_describe(output)}; pass the blocks that do, blocks=[...]"
         )
     return first
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return type(value).__name__
 
 
 def _sum_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -204,7 +204,8 @@ class Regularizer:
             self._injections.on_exit(block.module, select, functools.partial(self._left, index), push)
         run = outside_graphs(_call, resident=resident)
         for depth, module in enumerate(stream.ancestors):
-            self._taps.on_masks(module, functools.partial(run, weakly(self._enter), depth))
+            receive = functools.partial(run, weakly(self._enter), depth)
+            self._taps.on_masks(module, receive, decoder=stream.is_decoder)
         first = stream.blocks[0]
         self._taps.on_entry(first.module, first.reader.entry, functools.partial(run, weakly(self._begin)))
         self._taps.arm()

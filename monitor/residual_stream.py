@@ -71,6 +71,11 @@ class ResidualStream:
         """Number of blocks L."""
         return len(self.blocks)
 
+    @property
+    def is_decoder(self) -> bool:
+        """Whether the blocks are in a module called `decoder`."""
+        return _side(self.blocks[0].name) == "decoder"
+
 
 @dataclass(frozen=True)
 class _Candidate:
@@ -85,8 +90,7 @@ class _Candidate:
 
     @property
     def side(self) -> str | None:
-        """`encoder` or `decoder`, whichever comes first in the path: a decoder may be made of an `encoder` too."""
-        return next((part for part in self.path.split(".") if part in SIDES), None)
+        return _side(self.path)
 
     def is_stream(self, name: str) -> bool:
         """Whether this is what `stream=name` asks for."""
@@ -114,8 +118,13 @@ def find_residual_stream(
 
     Raises:
         ValueError: no list of blocks, several that fit equally well, or a path that does not exist.
-        TypeError: `blocks` that are not modules.
+        TypeError: a model that is none, or `blocks` that are not modules.
     """
+    if not isinstance(model, Module):
+        raise TypeError(
+            f"`find_residual_stream`: expected a model that is a torch.nn.Module, got {type(model).__name__}; "
+            "load or build it first, and pass what is trained"
+        )
     if isinstance(blocks, str):
         chosen = _named_candidate(model, blocks)
     elif blocks is not None:
@@ -151,6 +160,8 @@ def _candidates(model: Module) -> Iterator[_Candidate]:
             if not is_list(module) or any(path.startswith(f"{other.path}.") for other in found if other.path):
                 continue
             items = _items(path, module)
+            if isinstance(module, Sequential):
+                items = _blocks_of_sequential(items)
             if items and all(_is_block(item) for _, item in items):
                 found.append(_Candidate(path, items))
         if found:
@@ -158,10 +169,25 @@ def _candidates(model: Module) -> Iterator[_Candidate]:
             return
 
 
+def _side(path: str) -> str | None:
+    """`encoder` or `decoder`, whichever comes first in a path: a decoder may be made of an `encoder` too."""
+    return next((part for part in path.split(".") if part in SIDES), None)
+
+
 def _items(path: str, module: Module) -> list[tuple[str, Module]]:
     """Path and module of every item, with those that are in the list more than once."""
     items = module._modules.items()
     return [(f"{path}.{name}" if path else name, item) for name, item in items if item is not None]
+
+
+def _blocks_of_sequential(items: list[tuple[str, Module]]) -> list[tuple[str, Module]]:
+    """Without the bare layers at both ends: in a model that is one Sequential, they are embedding, norm and head."""
+    structured = [place for place, (_, item) in enumerate(items) if _has_structure(item)]
+    return items[structured[0] : structured[-1] + 1] if structured else items
+
+
+def _has_structure(module: Module) -> bool:
+    return next(module.children(), None) is not None
 
 
 def _is_list(module: Module) -> bool:
@@ -194,7 +220,7 @@ def _choose(model: Module, candidates: list[_Candidate], stream: str | None) -> 
                 f"It has {listing}"
             )
     # Lists of bare layers (heads, embeddings) only count where there is nothing with an inner structure.
-    structured = [c for c in candidates if all(next(item.children(), None) is not None for _, item in c.items)]
+    structured = [c for c in candidates if all(_has_structure(item) for _, item in c.items)]
     candidates = structured or candidates
     longest = max(len(c.items) for c in candidates)
     best = [c for c in candidates if len(c.items) == longest]

@@ -78,9 +78,10 @@ class Taps:
         # Whoever drops a monitor without closing it, as a notebook cell run again does, leaves no hooks behind.
         weakref.finalize(self, _remove, self._handles, self._receivers)
 
-    def on_masks(self, module: Module, receive: Callable[[Read[ToldMasks]], None]) -> None:
-        """Call `receive` with the masks that each call of `module` gets."""
-        self._add(module.register_forward_pre_hook, _MaskTap, MaskReader(module), receive, with_kwargs=True)
+    def on_masks(self, module: Module, receive: Callable[[Read[ToldMasks]], None], *, decoder: bool = False) -> None:
+        """Call `receive` with the masks that each call of `module` gets; `decoder`: see `MaskReader`."""
+        reader = MaskReader(module, decoder=decoder)
+        self._add(module.register_forward_pre_hook, _MaskTap, reader, receive, with_kwargs=True)
 
     def on_entry(self, module: Module, read: Callable[..., Tensor], receive: Callable[[Read[Tensor]], None]) -> None:
         """Call `receive` with the state that `read` finds in the arguments of each call of `module`."""
@@ -183,11 +184,12 @@ class _ExitTap(_StateTap):
 @no_type_check
 class _MaskTap(_Tap):
     def reading(self, args: tuple[Any, ...], rest: Any) -> tuple[bool, ToldMasks]:
-        masks, tells = self.read(args, rest)
-        return torch.is_grad_enabled(), ToldMasks(CallMasks(*(_plain(mask) for mask in masks)), tells)
+        masks, tells, _ = self.read(args, rest)
+        told = ToldMasks(CallMasks(*(_plain(mask) for mask in masks)), tells, self.read.others(args, rest))
+        return torch.is_grad_enabled(), told
 
     def trace(self, args: tuple[Any, ...], rest: Any) -> None:
-        masks, tells = self.read(args, rest, boundaries=False)
+        masks, tells, _ = self.read(args, rest, boundaries=False)
         grad = torch.is_grad_enabled()
         if all(_is_whole(mask) for mask in masks):
             plain = [_plain(mask) for mask in masks]

@@ -42,6 +42,10 @@ NOTES = """
 What to know besides:
 
 - **Encoder-decoders** have two streams: `stream="encoder"` or `stream="decoder"` says which, and the error lists them.
+  Padding of the decoder is what `decoder_attention_mask` says; without it, what is behind the last of `labels` that is
+  not −100, since models make the decoder's input of them.
+- **Blocks skipped at random**, as by LayerDrop, or left early: only forwards through all blocks are recorded. A probe
+  batch is measured in evaluation mode, in which all of them run ([probe.md](probe.md)).
 - **Models of several modalities**: lists under names such as `vision_tower` are passed over unless `stream=` or
   `blocks=` names them.
 - **The order of the blocks** is held against the first forward that is recorded. Where a block does not take what the

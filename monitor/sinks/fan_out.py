@@ -17,10 +17,14 @@ class FanOutSink(AbstractSink):
         sinks: Where everything goes.
 
     Raises:
-        TypeError: One of them is no sink.
+        TypeError: One of them is no sink, or one alone.
     """
 
     def __init__(self, sinks: Iterable[AbstractSink]) -> None:
+        if isinstance(sinks, AbstractSink):
+            raise TypeError(
+                f"`FanOutSink`: expected a list of sinks, got {type(sinks).__name__}; write [{type(sinks).__name__}()]"
+            )
         self._all = tuple(sinks)
         for sink in self._all:
             if not isinstance(sink, AbstractSink):

@@ -32,6 +32,7 @@ class LoggerSink(AbstractSink):
         run_file: A run file, or the sink that writes it, to be saved as an artifact of W&B runs on `close`.
 
     Raises:
+        TypeError: something that is no logger.
         ValueError: `max_images` is too small.
     """
 
@@ -44,6 +45,12 @@ class LoggerSink(AbstractSink):
         max_images: int = 300,
         run_file: str | os.PathLike[str] | RunFileSink | None = None,
     ) -> None:
+        listed = isinstance(loggers, Sequence) and all(hasattr(logger, "log_metrics") for logger in loggers)
+        if not (listed or callable(loggers)):
+            raise TypeError(
+                "`LoggerSink`: expected a list of loggers with a method log_metrics(metrics, step), or a function that "
+                f"returns one, got {loggers!r}; write LoggerSink([logger])"
+            )
         self._loggers = loggers
         self._run_file = run_file
         self._unsaved: str | os.PathLike[str] | RunFileSink | None = None  # from `start` to `close`

@@ -14,7 +14,7 @@ from repflow.monitor.sinks._base import AbstractSink
 from repflow.monitor.sinks._keys import StateChoice, scalar_items
 from repflow.monitor.sinks._reading import copy_run_file
 from repflow.monitor.sinks._wandb_login import has_login
-from repflow.monitor.sinks._wandb_run import STEP, define_keys, send_alerts, summarised
+from repflow.monitor.sinks._wandb_run import STEP, define_keys, is_wandb_run, send_alerts, summarised
 from repflow.monitor.sinks._worker import Worker
 from repflow.monitor.sinks.heatmap import Heatmap, HeatmapSeries
 from repflow.monitor.sinks.run_file import RunFileSink
@@ -48,7 +48,7 @@ class WandbSink(AbstractSink):
 
     Raises:
         ModuleNotFoundError: wandb (or Pillow, for heatmaps) is missing.
-        TypeError: `wandb.init` has no such argument.
+        TypeError: a run that is none, or `wandb.init` has no such argument.
         ValueError: `max_images` is too small.
     """
 
@@ -65,6 +65,11 @@ class WandbSink(AbstractSink):
     ) -> None:
         require("wandb")
         _check_arguments(init_kwargs)
+        if run is not None and not is_wandb_run(run):
+            raise TypeError(
+                f"`WandbSink`: expected run as what `wandb.init` returned, got {run!r}; for one of its own write "
+                'WandbSink(project="...")'
+            )
         if heatmaps:
             require("pillow")
             HeatmapSeries(max_images)  # checks it now rather than when training begins

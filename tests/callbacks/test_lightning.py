@@ -123,6 +123,29 @@ def test_bit_identical_and_right_under_accumulation(tmp_path, accumulate) -> Non
     assert hooks(watched) == hooks(bare)
 
 
+class PadsItself(Model):
+    """Knows padding under a name of its own, and leaves the last token out."""
+
+    def training_step(self, batch, index):
+        ids, keep = batch
+        logits = self.model(input_ids=ids[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), (ids * keep)[:, 1:].flatten())
+        self.losses.append(float(loss))
+        return loss
+
+
+def test_a_mask_from_the_batch(tmp_path) -> None:
+    """Of each micro-batch its own; in one that does not fit, monitoring ends, and training does not."""
+    sink, model = Keep(), PadsItself()
+    monitor = RepresentationMonitor(every_n_steps=2, sinks=[sink], mask=lambda batch: batch[1][:, :-1])
+    fit(tmp_path, monitor, model=model, accumulate_grad_batches=2)
+    assert [s.tokens for s in sink.snapshots] == [64, 64, 64] and len(model.losses) == 12
+    wrong, model = RepresentationMonitor(every_n_steps=1, sinks=[], mask=lambda batch: batch[1]), PadsItself()
+    with pytest.warns(RuntimeWarning, match=r"expected a mask of shape \[4, 9\] like the states, got \[4, 10\]"):
+        fit(tmp_path, wrong, model=model)
+    assert len(model.losses) == 12
+
+
 class WithForward(Model):
     """Can be called, and remembers in which precision it then computed its logits."""
 
@@ -329,6 +352,8 @@ def test_unknown_structure_stops_before_the_first_step(tmp_path) -> None:
 
 @pytest.mark.usefixtures("untyped")
 def test_wrong_arguments_are_refused_at_once() -> None:
+    with pytest.raises(TypeError, match="expected mask as a function from a batch to its mask, got str; write mask="):
+        RepresentationMonitor(mask="is_pad")  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="expected a MonitorConfig, got 50; give its fields by name"):
         RepresentationMonitor(50)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match='expected log_states="auto", "all" or state numbers, got \'some\''):

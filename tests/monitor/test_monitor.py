@@ -21,7 +21,7 @@ from repflow.monitor import (
     Snapshot,
 )
 from repflow.monitor.functional import layer_local_variance
-from repflow.monitor.sinks import AbstractSink
+from repflow.monitor.sinks import AbstractSink, NullSink
 from repflow.monitor.sum_layout import SumLayout
 from repflow.triton_kernels import depth_statistics, hsic_statistics, pairwise_hsic
 from tests.monitor import toy
@@ -588,3 +588,42 @@ def test_many_short_sequences_do_not_outgrow_the_states(monkeypatch) -> None:
         snapshots.append(monitor.latest)
     torch.testing.assert_close(snapshots[0].inter_token, snapshots[1].inter_token)
     torch.testing.assert_close(snapshots[0].update_inter_token, snapshots[1].update_inter_token)
+
+
+def test_numbers_that_begin_again_are_said() -> None:
+    """As those of batches do in each epoch: a run file would show the last epoch alone."""
+    model = toy.Toy()
+    monitor = Monitor(model, MonitorConfig(every_n_steps=2))
+    with pytest.warns(RuntimeWarning, match="measures step 0 after step 4: expected numbers that grow") as record:
+        for _ in range(3):
+            for step in (0, 2, 2, 3, 4):
+                with monitor.step(step):
+                    toy.loss_of(model, toy.batch()).backward()
+    assert len(record) == 1
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_step_that_is_not_entered_is_said(steps: int) -> None:
+    model = toy.Toy()
+    monitor = Monitor(model, MonitorConfig(every_n_steps=1))
+    with pytest.warns(RuntimeWarning, match=r"did not begin step 0: expected `with monitor.step\(0\):`") as record:
+        for step in range(steps):
+            monitor.step(step)
+            toy.loss_of(model, toy.batch()).backward()
+        monitor.close()
+    assert len(record) == 1
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (["gpt2"], {}, "expected a model that is a torch.nn.Module, got str; load or build it first"),
+        ([toy.Toy(), {"every_n_steps": 3}], {}, r"expected a MonitorConfig, got \{'every_n_steps': 3\}"),
+        ([toy.Toy()], {"sinks": NullSink()}, r"expected a list of sinks, got NullSink; write \[NullSink\(\)\]"),
+    ],
+    ids=["model", "config", "sinks"],
+)
+def test_wrong_arguments_say_what_came(arguments, options, message) -> None:
+    with pytest.raises(TypeError, match=message):
+        Monitor(*arguments, **options)

@@ -150,6 +150,15 @@ def test_sequential_without_a_module_list() -> None:
     assert find_residual_stream(model).name == "1"
 
 
+def test_a_model_that_is_one_sequential() -> None:
+    """As pipelines have it: embedding, norm and head are no blocks, unless the list is named as that of the blocks."""
+    model = nn.Sequential(nn.Embedding(4, 2), *blocks_of(3), nn.LayerNorm(2), nn.Linear(2, 4))
+    assert [block.name for block in find_residual_stream(model).blocks] == ["1", "2", "3"]
+    holder = nn.Module()
+    holder.net = model
+    assert len(find_residual_stream(holder, "net")) == 6
+
+
 def test_torch_transformer_encoder() -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, batch_first=True), 3)
     stream = find_residual_stream(encoder)

@@ -321,3 +321,58 @@ def test_mixed_precision_and_a_step_that_the_scaler_skips(family: str, way: str)
 
     bare, watched = run(False), run(True)
     assert all(map(torch.equal, bare[0] + bare[3], watched[0] + watched[3])) and bare[1] == watched[1]
+
+
+@pytest.mark.parametrize("way", ["grad", "vmap"])
+def test_forwards_inside_of_torch_func_are_left_out(way: str) -> None:
+    """As those of gradients per example are: their states are no tensors by themselves. Others are measured."""
+    model = toy.Toy()
+    model.eval()  # without dropout, of which `vmap` does not know
+    for module in model.modules():
+        module.training = not isinstance(module, nn.Dropout)
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], ids: Tensor) -> Tensor:
+        return cross_entropy(torch.func.functional_call(model, weights, ids[None])[0], ids)
+
+    monitor = Monitor(model, MonitorConfig(every_n_steps=1))
+    slopes = torch.func.grad(loss)
+    with pytest.warns(RuntimeWarning, match=r"recorded nothing on step 0: .* saw \d forwards inside of torch\.func"):
+        for step in range(2):
+            with monitor.step(step):
+                if way == "vmap":
+                    torch.func.vmap(slopes, (None, 0))(weights, IDS)
+                else:
+                    slopes(weights, IDS[0])
+                if step:
+                    toy.loss_of(model, IDS).backward()
+        monitor.close()
+    assert monitor.latest is not None and (monitor.latest.step, monitor.latest.tokens) == (1, 30)
+
+
+def test_blocks_skipped_at_random() -> None:
+    """LayerDrop: forwards without a block, also the first one, are left out, and that is said; a probe's has all."""
+
+    class Dropping(toy.Toy):
+        skipped = 0
+
+        def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            x = self.embed(ids)
+            for index, block in enumerate(self.blocks):
+                x = block(x) if not self.training or index != self.skipped else x
+            return self.head(self.norm(x))
+
+    def latest(probe: Tensor | None) -> Snapshot | None:
+        monitor = Monitor(model, MonitorConfig(), probe_batch=probe)
+        with monitor.step(0):
+            toy.loss_of(model, IDS).backward()
+        monitor.close()
+        return monitor.latest
+
+    model = Dropping()
+    for skipped, seen in enumerate((r"'blocks\.1' where 'blocks\.0'", r"'blocks\.2' where 'blocks\.1'")):
+        model.skipped = skipped
+        with pytest.warns(RuntimeWarning, match=f"saw 1 forwards that ran {seen} was expected.*measure a probe_batch"):
+            assert latest(None) is None
+        snapshot = latest(IDS)
+        assert snapshot is not None and snapshot.tokens == 30

@@ -106,6 +106,13 @@ def test_too_few_images():
         LoggerSink([], max_images=0)
 
 
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("loggers", [Plain(), "csv", [3]], ids=["one alone", "a name", "no logger"])
+def test_something_that_is_no_list_of_loggers(loggers) -> None:
+    with pytest.raises(TypeError, match=r"expected a list of loggers with a method log_metrics.*write LoggerSink\(\["):
+        LoggerSink(loggers)
+
+
 class Failing(Plain):
     """Fails at every call of one of its methods."""
 

@@ -167,6 +167,13 @@ def test_an_argument_that_wandb_does_not_know_is_refused_at_once():
         WandbSink(projct="try")
 
 
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("run", ["try", wandb], ids=["a name", "the package"])
+def test_what_is_no_run_is_refused_at_once(run):
+    with pytest.raises(TypeError, match=r'expected run as what `wandb.init` returned, got .*WandbSink\(project="'):
+        WandbSink(run)
+
+
 def test_a_run_that_the_user_finished_is_one_warning(tmp_path, synthetic):
     run = wandb.init(project="try", dir=tmp_path)
     fan = FanOutSink([WandbSink(run)])
