@@ -1,6 +1,6 @@
 """Figures 1, 2 and 4: rows and arrays out of what was measured on prompts."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,11 @@ from torch import Tensor
 from repflow.monitor.offline.reproduce.checkpoints import Depth, Depths, depth_key, tasks_by_model
 from repflow.monitor.offline.reproduce.claims import Curve
 from repflow.monitor.offline.reproduce.options import ReproduceOptions
-from repflow.monitor.offline.reproduce.paper import compare_curves, compare_matrices
+from repflow.monitor.offline.reproduce.paper import PAPER_LENGTH, compare_curves, compare_matrices, reading_of
 from repflow.monitor.offline.reproduce.targets import Target
 from repflow.monitor.offline.reproduce.work import plain
 from repflow.monitor.offline.reproduce.written import Result, Row
+from repflow.monitor.offline.tasks_command import TASKS
 
 
 def depth_request(target: Target, options: ReproduceOptions) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def depth_result(target: Target, options: ReproduceOptions, depths: Depths) -> R
         target=target.name,
         rows=rows,
         arrays=arrays,
-        about=about(target, options, depths) | {"comparison": [] if options.init else comparison},
+        about=about(target, options, depths) | {"comparison": comparison},
     )
 
 
@@ -58,7 +59,16 @@ def about(target: Target, options: ReproduceOptions, depths: Depths) -> dict[str
         },
         "models": {key_of(depth): depth.choices for depth in depths.of(options.lengths_of(target))},
         "skipped": depths.skipped,
+        "reading": reading_of(target.name),
     }
+
+
+def like_the_papers(found: list[Depth]) -> Iterator[tuple[str, int, list[Depth]]]:
+    """Model, length, and measurements that its numbers can stand beside: of a checkpoint, on both of its tasks."""
+    for model, length, group in tasks_by_model(found):
+        weights = {depth.choices["weights"] for depth in group}
+        if weights == {"pretrained"} and {depth.task for depth in group} == set(TASKS):
+            yield model, length, group
 
 
 def key_of(depth: Depth) -> str:
@@ -102,7 +112,8 @@ def _curves(name: str, place: str) -> Callable[[str, list[Depth]], Any]:
     def make(target: str, found: list[Depth]) -> tuple[list[Row], dict[str, np.ndarray], list[dict[str, Any]]]:
         rows = [row for depth in found for row in _curve_rows(depth, name, place)]
         arrays = {} if target != "figure1" else dict(_maps(found))
-        curves = {model: mean_curve(group, name) for model, _, group in tasks_by_model(found)}
+        alike = like_the_papers(found)
+        curves = {model: mean_curve(group, name) for model, length, group in alike if length == PAPER_LENGTH}
         return rows, arrays, compare_curves(target, curves)
 
     return make
@@ -124,14 +135,13 @@ def _maps(found: list[Depth]) -> Iterable[tuple[str, np.ndarray]]:
 def _cka(target: str, found: list[Depth]) -> tuple[list[Row], dict[str, np.ndarray], list[dict[str, Any]]]:
     rows: list[Row] = []
     arrays: dict[str, np.ndarray] = {}
-    means: dict[str, np.ndarray] = {}
     for model, length, group in tasks_by_model(found):
         for depth in group:
             arrays[key_of(depth)] = depth.extraction.snapshot.cka.float().numpy()
             rows += _cka_rows(depth)
-        means[model] = np.mean([arrays[key_of(depth)] for depth in group], axis=0)
-        arrays[f"{model}/mean/{length}"] = means[model]
-    return rows, arrays, compare_matrices(target, means)
+        arrays[f"{model}/mean/{length}"] = np.mean([arrays[key_of(depth)] for depth in group], axis=0)
+    alike = [model for model, length, _ in like_the_papers(found) if length == PAPER_LENGTH]
+    return rows, arrays, compare_matrices(target, {model: arrays[f"{model}/mean/{PAPER_LENGTH}"] for model in alike})
 
 
 def _cka_rows(depth: Depth) -> Iterable[Row]:

@@ -7,7 +7,7 @@ from repflow.monitor.offline.reproduce.checkpoints import Depths
 from repflow.monitor.offline.reproduce.claims import claims_of
 from repflow.monitor.offline.reproduce.depth_targets import depth_request, family, key_of, pretrained_rows
 from repflow.monitor.offline.reproduce.options import ReproduceOptions
-from repflow.monitor.offline.reproduce.paper import compare_random
+from repflow.monitor.offline.reproduce.paper import PAPER_LENGTH, compare_random, reading_of
 from repflow.monitor.offline.reproduce.streams import Stream, Streams, points_of, random_tokens
 from repflow.monitor.offline.reproduce.targets import Target
 from repflow.monitor.offline.reproduce.written import Result
@@ -56,7 +56,8 @@ def random_result(target: Target, options: ReproduceOptions, streams: Streams, d
             "checkpoints": {key_of(depth): depth.choices for depth in depths.of(options.lengths_of(target)) if trained},
             "skipped": [*streams.skipped, *depths.skipped],
             "claims": claims_of(target.name, drawn),
-            "comparison": compare_random(target.name, drawn),
+            "comparison": compare_random(target.name, drawn) if random_tokens(options) == PAPER_LENGTH else [],
+            "reading": reading_of(target.name),
         },
     )
 
