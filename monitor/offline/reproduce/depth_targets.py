@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repflow.monitor.offline.reproduce.checkpoints import Depth, Depths, depth_key, tasks_by_model
 from repflow.monitor.offline.reproduce.claims import Curve
+from repflow.monitor.offline.reproduce.depth import Depth, Depths, sample_counts, tasks_by_model
 from repflow.monitor.offline.reproduce.options import ReproduceOptions
 from repflow.monitor.offline.reproduce.paper import PAPER_LENGTH, compare_curves, compare_matrices, reading_of
+from repflow.monitor.offline.reproduce.planning import depth_key
 from repflow.monitor.offline.reproduce.targets import Target
 from repflow.monitor.offline.reproduce.work import plain
 from repflow.monitor.offline.reproduce.written import Result, Row
@@ -18,7 +19,7 @@ from repflow.monitor.offline.tasks_command import TASKS
 
 
 def depth_request(target: Target, options: ReproduceOptions) -> dict[str, Any]:
-    """What decides the rows of a target."""
+    """What decides the rows of a target, but for the number of samples."""
     request = {
         "measured": [
             depth_key(options, name, task, length)
@@ -44,11 +45,12 @@ def depth_result(target: Target, options: ReproduceOptions, depths: Depths) -> R
 
 def about(target: Target, options: ReproduceOptions, depths: Depths) -> dict[str, Any]:
     """What is told of a target that is measured on prompts."""
+    found = depths.of(options.lengths_of(target))
     return {
         "target": target.name,
         "title": target.title,
         "paper": f"arXiv 2510.06640, {target.paper}",
-        "request": depth_request(target, options),
+        "request": depth_request(target, options) | {"samples": sample_counts(found)},
         "choices": {
             "states": f"{options.states}: h^(L) {'after' if options.states == 'hf' else 'before'} the final norm; "
             "h^(0), the input of block 0, is state 0 and counts",
@@ -57,7 +59,7 @@ def about(target: Target, options: ReproduceOptions, depths: Depths) -> dict[str
             "means": "similarities over sequences, adjacent cosine and V over tokens, then over tasks",
             "weights": "random, as transformers draws them" if options.init else "of the checkpoint",
         },
-        "models": {key_of(depth): depth.choices for depth in depths.of(options.lengths_of(target))},
+        "models": {key_of(depth): depth.choices for depth in found},
         "skipped": depths.skipped,
         "reading": reading_of(target.name),
     }

@@ -3,13 +3,14 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from repflow.monitor.offline.reproduce.checkpoints import Depths
 from repflow.monitor.offline.reproduce.claims import claims_of
+from repflow.monitor.offline.reproduce.depth import Depths, sample_counts
 from repflow.monitor.offline.reproduce.depth_targets import depth_request, family, key_of, pretrained_rows
 from repflow.monitor.offline.reproduce.options import ReproduceOptions
 from repflow.monitor.offline.reproduce.paper import PAPER_LENGTH, compare_random, reading_of
 from repflow.monitor.offline.reproduce.streams import Stream, Streams, points_of, random_tokens
 from repflow.monitor.offline.reproduce.targets import Target
+from repflow.monitor.offline.reproduce.work import content_key
 from repflow.monitor.offline.reproduce.written import Result
 
 _MATTERS = ("schemes", "policies", "embeddings", "positions", "scaled_positions", "dtype")
@@ -18,9 +19,11 @@ WITH_CHECKPOINT = ("figure3", "figure5")
 
 
 def random_request(target: Target, options: ReproduceOptions) -> dict[str, Any]:
-    """What decides the rows of a target."""
+    """What decides the rows of a target, but for the number of samples."""
+    contents = {name: content for name in options.model_names if (content := content_key(name))}
     return {
         "models": list(options.model_names),
+        **({"contents": contents} if contents else {}),
         "seeds": list(options.random_seeds),
         "tokens": random_tokens(options),
         **{name: getattr(options, name) for name in _MATTERS},
@@ -33,15 +36,15 @@ def random_result(target: Target, options: ReproduceOptions, streams: Streams, d
     found = streams.of(points_of(target, options))
     updates = target.name == "figure5"
     drawn = [row for stream in found for row in _rows(stream, updates)]
-    trained = pretrained_rows(depths.of(options.lengths_of(target)), updates) if target.name in WITH_CHECKPOINT else []
+    beside = depths.of(options.lengths_of(target)) if target.name in WITH_CHECKPOINT else []
     return Result(
         target=target.name,
-        rows=[*drawn, *trained],
+        rows=[*drawn, *pretrained_rows(beside, updates)],
         about={
             "target": target.name,
             "title": target.title,
             "paper": f"arXiv 2510.06640, {target.paper}",
-            "request": random_request(target, options),
+            "request": random_request(target, options) | {"samples": sample_counts(beside)},
             "quantity": "update_inter_token" if updates else "inter_token",
             "choices": {
                 "protocol": "random_ids: uniform ids, one sequence for each seed of the weights, drawn from it",
@@ -53,8 +56,8 @@ def random_result(target: Target, options: ReproduceOptions, streams: Streams, d
             "models": {
                 name: common(stream.choices for stream in found if stream.model == name) for name in _models(found)
             },
-            "checkpoints": {key_of(depth): depth.choices for depth in depths.of(options.lengths_of(target)) if trained},
-            "skipped": [*streams.skipped, *depths.skipped],
+            "checkpoints": {key_of(depth): depth.choices for depth in beside},
+            "skipped": [*streams.skipped, *(depths.skipped if target.name in WITH_CHECKPOINT else [])],
             "claims": claims_of(target.name, drawn),
             "comparison": compare_random(target.name, drawn) if random_tokens(options) == PAPER_LENGTH else [],
             "reading": reading_of(target.name),

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from repflow.monitor.offline.probing import ProbeOptions, ProbeResult, train_probes
-from repflow.monitor.offline.reproduce.checkpoints import Depth, Depths, tasks_by_model
+from repflow.monitor.offline.reproduce.depth import Depth, Depths, tasks_by_model
 from repflow.monitor.offline.reproduce.depth_targets import about, key_of, like_the_papers
 from repflow.monitor.offline.reproduce.options import ReproduceOptions
 from repflow.monitor.offline.reproduce.paper import compare_table

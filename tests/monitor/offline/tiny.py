@@ -33,7 +33,9 @@ KINDS = tuple(_SIZES)
 def config(kind: str, **changes: Any) -> Any:
     """Three blocks of 32 features, of one of the paper's four families."""
     ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    return transformers.AutoConfig.for_model(kind, vocab_size=VOCABULARY, hidden_size=32, **ends, **_SIZES[kind] | changes)
+    return transformers.AutoConfig.for_model(
+        kind, vocab_size=VOCABULARY, hidden_size=32, **ends, **_SIZES[kind] | changes
+    )
 
 
 @cache

@@ -24,7 +24,7 @@ def result(folder: Path, target: str) -> Result:
 
 
 def extraction(folder: Path, model: str, task: str) -> Extraction:
-    (place,) = (folder / "work" / "prompts").glob(f"{model}-{task}-300-*")
+    (place,) = (folder / "work" / "prompts").glob(f"{model}-{task}-300-*/*")
     return Extraction.open(place / "extraction")
 
 
@@ -111,7 +111,7 @@ def test_a_damaged_cache_is_measured_again(models: Path, tmp_path: Path):
     arguments = ["figure2", *trained(models, "gpt_neo"), "--task", "kvpr", "--no-pictures", "-o", tmp_path]
     reproduce(*arguments)
     whole = (tmp_path / "figure2.csv").read_bytes()
-    (place,) = (tmp_path / "work" / "prompts").iterdir()
+    (place,) = (tmp_path / "work" / "prompts").glob("*/*")
     (place / "extraction" / "000000.pt").write_bytes(b"nothing")
     (tmp_path / "figure2.json").write_text("{")
     with pytest.warns(RuntimeWarning, match="is damaged"):
