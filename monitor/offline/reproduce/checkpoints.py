@@ -101,6 +101,7 @@ def _measured(
     if not processes.rank:
         np.save(plan.folder / TOKEN_MAP, _token_map(loaded, samples, options), allow_pickle=False)
         told = {
+            "revision": plan.commit,
             "blocks": sorted({block.kind for block in find_residual_stream(loaded.model).blocks}),
             "scan": scan_of(loaded.model),
             "device_name": device_name(loaded.device.type),

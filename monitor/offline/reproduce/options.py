@@ -12,7 +12,7 @@ from repflow.monitor.offline import OfflineError
 from repflow.monitor.offline.initialisation import Drawn, Scheme, VectorPolicy
 from repflow.monitor.offline.paper_models import PAPER_MODELS
 from repflow.monitor.offline.probing import Protocol as ProbeProtocol
-from repflow.monitor.offline.reproduce.sources import source_key, tokenizer_key
+from repflow.monitor.offline.reproduce.sources import model_source, tokenizer_source
 from repflow.monitor.offline.reproduce.targets import Target, chosen_targets
 from repflow.monitor.offline.reproduce.work import slug
 from repflow.monitor.offline.tasks_command import TASKS
@@ -189,13 +189,13 @@ class ReproduceOptions:
 
     @cached_property
     def model_sources(self) -> dict[str, list[Any]]:
-        """See `source_key`; looked up once, for the hub has to be asked."""
-        return {name: source_key(name, self.revision, init=self.init) for name in self.model_names}
+        """See `model_source`; looked up once, for the hub has to be asked."""
+        return {name: model_source(name, self.revision, init=self.init) for name in self.model_names}
 
     @cached_property
     def tokenizer_source(self) -> list[Any]:
         """The same of a tokenizer that does not lie beside the model."""
-        return [] if self.tokenizer is None or self.random_prompts else tokenizer_key(self.tokenizer)
+        return [] if self.tokenizer is None or self.random_prompts else tokenizer_source(self.tokenizer)
 
     @property
     def random_seeds(self) -> tuple[int, ...]:

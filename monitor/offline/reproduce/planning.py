@@ -19,7 +19,7 @@ from repflow.monitor.offline.probing import ProbeOptions
 from repflow.monitor.offline.random_streams import random_ids
 from repflow.monitor.offline.reproduce.depth import Depth, read_depth
 from repflow.monitor.offline.reproduce.options import ReproduceOptions
-from repflow.monitor.offline.reproduce.sources import hub_name
+from repflow.monitor.offline.reproduce.sources import commit_in, hub_name
 from repflow.monitor.offline.reproduce.work import content_key, place, slug
 from repflow.monitor.offline.tasks import AbstractTask
 from repflow.monitor.offline.tasks_command import make_task
@@ -45,6 +45,8 @@ class Planned:
     """As it is called in data."""
     task: str
     length: int
+    commit: str | None
+    """Of a model on the hub."""
     folder: Path
     found: Depth | None
     """What is there already."""
@@ -140,8 +142,15 @@ class _Planner:
         elif found is None:
             fitted = self._fitted(name, task, length, window)
             samples = partial(_task_samples, self._options, fitted, self._encoder(name), limit)
-        label = self._options.label(name)
-        return Planned(model=label, task=task, length=length, folder=folder, found=found, samples=samples)
+        return Planned(
+            model=self._options.label(name),
+            task=task,
+            length=length,
+            commit=commit_in(self._options.model_sources[name]),
+            folder=folder,
+            found=found,
+            samples=samples,
+        )
 
     def _fitted(self, name: str, task: str, length: int, window: int | None) -> AbstractTask:
         options = self._options
