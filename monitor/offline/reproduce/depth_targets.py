@@ -100,9 +100,9 @@ def pretrained_rows(depths: Sequence[Depth], updates: bool) -> list[dict[str, An
 
 
 def family(blocks: Iterable[str]) -> str:
-    """`SSM` for a model of state-space blocks alone, `TBM` for one of attention alone, and else `hybrid`."""
-    kinds = set(blocks)
-    return "SSM" if kinds == {"ssm"} else "TBM" if kinds == {"attention"} else "hybrid"
+    """`SSM` or `TBM` for a model of state-space blocks or attention alone; of others the kind, or `hybrid`."""
+    kinds = sorted(set(blocks))
+    return {"ssm": "SSM", "attention": "TBM"}.get(kinds[0], kinds[0]) if len(kinds) == 1 else "hybrid"
 
 
 def mean_curve(group: Sequence[Depth], name: str) -> Curve:

@@ -14,7 +14,8 @@ from repflow.monitor.offline.reproduce.pictures import GRID, INK, draw_result
 from repflow.monitor.offline.reproduce.written import Result, results_in
 
 _PAGE = "report.html"
-_HIDDEN = ("request", "models", "checkpoints", "claims", "comparison", "reading", "target", "title", "paper", "skipped")
+_SHOWN = ("claims", "unclaimed", "comparison", "reading", "target", "title", "paper", "skipped")
+_HIDDEN = (*_SHOWN, "request", "models", "checkpoints")
 _VERDICTS = {True: "✓", False: "✗", None: "–"}
 _READ_OUT = {True: "holds", False: "does not hold", None: "cannot be told"}
 
@@ -60,6 +61,7 @@ def _section(folder: Path, result: Result) -> str:
         skipped,
         _picture(drawn.read_text(encoding="utf-8"), result),
         "".join(map(_claim, about.get("claims", []))),
+        "".join(f"<p><small>{escape(text)}.</small></p>" for text in about.get("unclaimed", [])),
         _comparison(about["comparison"], about.get("reading")),
         _values(result) if result.target.startswith("table") else "",
         _choices(about),

@@ -49,7 +49,7 @@ def _local(name: str) -> bool:
 
 def _commit(name: str, file: str, revision: str | None) -> str:
     """Files of the hub are kept in a folder for each commit, and configurations of transformers no longer tell it."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     found = cached_file(name, file, revision=revision)
     assert found is not None  # it raises where there is none

@@ -33,6 +33,7 @@ def folder(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     ("arguments", "message"),
     [
         (["figure8"], "TARGET: expected some of figure1, figure2, figure3, figure4, figure5, figure6, figure7, table1"),
+        (["figure1", "report"], "got 'report', which stands first and alone: `repflow reproduce report FOLDER`"),
         (["figure2", "--model", "./absent"], "./absent: expected a folder with a model, owner/name on"),
         (["figure3", "--init", "--model", "opt-9b"], "or one of gpt-neo-2.7b, pythia-2.8b, mamba-2.8b, mamba2-2.7b"),
         (["figure3", "--init", "--scheme", "he"], "--scheme: expected default or gaussian or xavier or kaiming, got"),
