@@ -41,7 +41,7 @@ def draw_token_maps(result: Result) -> Figure:
 
 def draw_curves(result: Result) -> Figure:
     """Figure 2: inter-token similarity over normalised depth, a panel for each length."""
-    lengths = _names(result.rows, "length")
+    lengths = sorted(_names(result.rows, "length"))
     figure = Figure(figsize=(4 + 3.5 * len(lengths), 4.4), layout="constrained")
     axes = figure.subplots(1, len(lengths), squeeze=False, sharey=True)[0]
     models, tasks = _names(result.rows, "model"), _names(result.rows, "task")
