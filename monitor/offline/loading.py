@@ -160,6 +160,19 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     return tokenizer
 
 
+def check_weights(name: str) -> None:
+    """See that a folder, if `name` is one, has weights in it.
+
+    Raises:
+        OfflineError: it has none.
+    """
+    if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")) and not any(Path(name).glob("*.bin")):
+        raise OfflineError(
+            f"{name}: expected a checkpoint, found no weights (*.safetensors, *.bin); --init draws them from the "
+            "configuration"
+        )
+
+
 def window_of(config: Any) -> int | None:
     """Most tokens that a model of this configuration was made for; None if it names no such number."""
     window = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -181,11 +194,7 @@ def _pretrained(name: str, revision: str | None, dtype: Any, device_map: Any) ->
     import transformers
 
     _check_place(name)
-    if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")) and not any(Path(name).glob("*.bin")):
-        raise OfflineError(
-            f"{name}: expected a checkpoint, found no weights (*.safetensors, *.bin); --init draws them from the "
-            "configuration"
-        )
+    check_weights(name)
     options = {"dtype": dtype, "device_map": device_map, "revision": revision, "output_loading_info": True}
     model, found = _attempt(name, lambda: transformers.AutoModel.from_pretrained(_hub_name(name), **options))
     if missing := sorted(found["missing_keys"]):

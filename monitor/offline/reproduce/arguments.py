@@ -23,6 +23,9 @@ def reproduce(
         ),
     ],
     model: Annotated[list[str] | None, _MODEL] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of models on the hub, such as step1000.")
+    ] = None,
     init: Annotated[
         bool, typer.Option("--init", help="Take configurations alone, and weights drawn from them.")
     ] = False,
@@ -40,6 +43,7 @@ def reproduce(
         int | None,
         typer.Option(help="Prompts of each task and length. Default: 20,000 for probes, else 512; 8 of random ids."),
     ] = None,
+    prompt_seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
     classes: Annotated[int | None, typer.Option(help="Tested gold positions. Default: 11, or all.")] = None,
     seeds: Annotated[
         int | None, typer.Option(help="How many. Default: 3 of models drawn at random, 5 of probes.")
@@ -103,9 +107,11 @@ def reproduce(
     options = ReproduceOptions(
         names=tuple(target),
         models=tuple(model or ()),
+        revision=revision,
         init=init,
         data=data,
         samples=samples,
+        prompt_seed=prompt_seed,
         classes=classes,
         seeds=seeds,
         protocol=protocol,  # pyright: ignore[reportArgumentType]  # checked there

@@ -50,6 +50,18 @@ def claims_of(target: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [claim(curves) for claim in _CLAIMS.get(target, ())]
 
 
+def unclaimed(target: str, rows: Sequence[Row]) -> list[str]:
+    """Models that no claim about a figure is held against, for the paper has none of their kind."""
+    if target not in _CLAIMS:
+        return []
+    return [
+        f"{model} ({family}): no claim is held against it: the paper's are about models of attention alone (TBM) and "
+        "of state-space blocks alone (SSM)"
+        for model, family in curves_of(rows).families.items()
+        if family not in ("TBM", "SSM")
+    ]
+
+
 def _rises(curves: Curves) -> dict[str, Any]:
     def verdict(curve: Curve) -> tuple[bool | None, float | None]:
         later = curve[_few(curve) :]

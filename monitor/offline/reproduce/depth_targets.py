@@ -1,23 +1,25 @@
 """Figures 1, 2 and 4: rows and arrays out of what was measured on prompts."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from repflow.monitor.offline.reproduce.checkpoints import Depth, Depths, depth_key, tasks_by_model
 from repflow.monitor.offline.reproduce.claims import Curve
+from repflow.monitor.offline.reproduce.depth import Depth, Depths, sample_counts, tasks_by_model
 from repflow.monitor.offline.reproduce.options import ReproduceOptions
-from repflow.monitor.offline.reproduce.paper import compare_curves, compare_matrices
+from repflow.monitor.offline.reproduce.paper import PAPER_LENGTH, compare_curves, compare_matrices, reading_of
+from repflow.monitor.offline.reproduce.planning import depth_key
 from repflow.monitor.offline.reproduce.targets import Target
 from repflow.monitor.offline.reproduce.work import plain
 from repflow.monitor.offline.reproduce.written import Result, Row
+from repflow.monitor.offline.tasks_command import TASKS
 
 
 def depth_request(target: Target, options: ReproduceOptions) -> dict[str, Any]:
-    """What decides the rows of a target."""
+    """What decides the rows of a target, but for the number of samples."""
     request = {
         "measured": [
             depth_key(options, name, task, length)
@@ -37,17 +39,18 @@ def depth_result(target: Target, options: ReproduceOptions, depths: Depths) -> R
         target=target.name,
         rows=rows,
         arrays=arrays,
-        about=about(target, options, depths) | {"comparison": [] if options.init else comparison},
+        about=about(target, options, depths) | {"comparison": comparison},
     )
 
 
 def about(target: Target, options: ReproduceOptions, depths: Depths) -> dict[str, Any]:
     """What is told of a target that is measured on prompts."""
+    found = depths.of(options.lengths_of(target))
     return {
         "target": target.name,
         "title": target.title,
         "paper": f"arXiv 2510.06640, {target.paper}",
-        "request": depth_request(target, options),
+        "request": depth_request(target, options) | {"samples": sample_counts(found)},
         "choices": {
             "states": f"{options.states}: h^(L) {'after' if options.states == 'hf' else 'before'} the final norm; "
             "h^(0), the input of block 0, is state 0 and counts",
@@ -56,9 +59,18 @@ def about(target: Target, options: ReproduceOptions, depths: Depths) -> dict[str
             "means": "similarities over sequences, adjacent cosine and V over tokens, then over tasks",
             "weights": "random, as transformers draws them" if options.init else "of the checkpoint",
         },
-        "models": {key_of(depth): depth.choices for depth in depths.of(options.lengths_of(target))},
+        "models": {key_of(depth): depth.choices for depth in found},
         "skipped": depths.skipped,
+        "reading": reading_of(target.name),
     }
+
+
+def like_the_papers(found: list[Depth]) -> Iterator[tuple[str, int, list[Depth]]]:
+    """Model, length, and measurements that its numbers can stand beside: of a checkpoint, on both of its tasks."""
+    for model, length, group in tasks_by_model(found):
+        weights = {depth.choices["weights"] for depth in group}
+        if weights == {"pretrained"} and {depth.task for depth in group} == set(TASKS):
+            yield model, length, group
 
 
 def key_of(depth: Depth) -> str:
@@ -88,9 +100,9 @@ def pretrained_rows(depths: Sequence[Depth], updates: bool) -> list[dict[str, An
 
 
 def family(blocks: Iterable[str]) -> str:
-    """`SSM` for a model of state-space blocks alone, `TBM` for one of attention alone, and else `hybrid`."""
-    kinds = set(blocks)
-    return "SSM" if kinds == {"ssm"} else "TBM" if kinds == {"attention"} else "hybrid"
+    """`SSM` or `TBM` for a model of state-space blocks or attention alone; of others the kind, or `hybrid`."""
+    kinds = sorted(set(blocks))
+    return {"ssm": "SSM", "attention": "TBM"}.get(kinds[0], kinds[0]) if len(kinds) == 1 else "hybrid"
 
 
 def mean_curve(group: Sequence[Depth], name: str) -> Curve:
@@ -102,7 +114,8 @@ def _curves(name: str, place: str) -> Callable[[str, list[Depth]], Any]:
     def make(target: str, found: list[Depth]) -> tuple[list[Row], dict[str, np.ndarray], list[dict[str, Any]]]:
         rows = [row for depth in found for row in _curve_rows(depth, name, place)]
         arrays = {} if target != "figure1" else dict(_maps(found))
-        curves = {model: mean_curve(group, name) for model, _, group in tasks_by_model(found)}
+        alike = like_the_papers(found)
+        curves = {model: mean_curve(group, name) for model, length, group in alike if length == PAPER_LENGTH}
         return rows, arrays, compare_curves(target, curves)
 
     return make
@@ -124,14 +137,13 @@ def _maps(found: list[Depth]) -> Iterable[tuple[str, np.ndarray]]:
 def _cka(target: str, found: list[Depth]) -> tuple[list[Row], dict[str, np.ndarray], list[dict[str, Any]]]:
     rows: list[Row] = []
     arrays: dict[str, np.ndarray] = {}
-    means: dict[str, np.ndarray] = {}
     for model, length, group in tasks_by_model(found):
         for depth in group:
             arrays[key_of(depth)] = depth.extraction.snapshot.cka.float().numpy()
             rows += _cka_rows(depth)
-        means[model] = np.mean([arrays[key_of(depth)] for depth in group], axis=0)
-        arrays[f"{model}/mean/{length}"] = means[model]
-    return rows, arrays, compare_matrices(target, means)
+        arrays[f"{model}/mean/{length}"] = np.mean([arrays[key_of(depth)] for depth in group], axis=0)
+    alike = [model for model, length, _ in like_the_papers(found) if length == PAPER_LENGTH]
+    return rows, arrays, compare_matrices(target, {model: arrays[f"{model}/mean/{PAPER_LENGTH}"] for model in alike})
 
 
 def _cka_rows(depth: Depth) -> Iterable[Row]:

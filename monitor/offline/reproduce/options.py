@@ -1,8 +1,9 @@
 """What is asked of `repflow reproduce`."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -11,6 +12,7 @@ from repflow.monitor.offline import OfflineError
 from repflow.monitor.offline.initialisation import Drawn, Scheme, VectorPolicy
 from repflow.monitor.offline.paper_models import PAPER_MODELS
 from repflow.monitor.offline.probing import Protocol as ProbeProtocol
+from repflow.monitor.offline.reproduce.sources import model_source, tokenizer_source
 from repflow.monitor.offline.reproduce.targets import Target, chosen_targets
 from repflow.monitor.offline.reproduce.work import slug
 from repflow.monitor.offline.tasks_command import TASKS
@@ -38,6 +40,8 @@ class ReproduceOptions:
     """See `load_model`; those of the paper if there are none."""
     init: bool = False
     """Take configurations alone: no weights are loaded."""
+    revision: str | None = None
+    """Of the models on the hub: a branch, a tag or a commit."""
     protocol: PromptProtocol | None = None
     """Prompts of a task, or random ids, which need no tokenizer; None: of a task where there is a checkpoint."""
     tokenizer: str | None = None
@@ -49,6 +53,7 @@ class ReproduceOptions:
     """Questions for MDQA; those of the paper if None."""
     samples: int | None = None
     """Prompts of each task and length; by the targets if None."""
+    prompt_seed: int = 0
     classes: int | None = None
     """Tested gold positions; see `AbstractTask.classes`."""
     seeds: int | None = None
@@ -90,12 +95,31 @@ class ReproduceOptions:
         for option, (given, choices) in known.items():
             if unknown := [name for name in given if name not in choices]:
                 raise OfflineError(f"{option}: expected {' or '.join(choices)}, got {unknown[0]!r}")
-        for option, number in {"--samples": self.samples, "--seeds": self.seeds}.items():
-            if number is not None and number < 1:
-                raise OfflineError(f"{option}: expected 1 or more, got {number}")
+        self._check_numbers()
         for length in self.lengths:
             parse_length(length)
+        self._check_revision()
         self._check_device()
+
+    def _check_numbers(self) -> None:
+        least = {
+            "--samples": (self.samples, 1),
+            "--seeds": (self.seeds, 1),
+            "--prompt-seed": (self.prompt_seed, 0),
+            "--classes": (self.classes, 2),
+            "--batch-tokens": (self.batch_tokens, 1),
+        }
+        for option, (number, lowest) in least.items():
+            if number is not None and number < lowest:
+                raise OfflineError(f"{option}: expected {lowest} or more, got {number}")
+
+    def _check_revision(self) -> None:
+        if self.revision is None:
+            return
+        if self.init:
+            raise OfflineError("--revision: expected checkpoints, whose weights differ, without --init")
+        if local := [name for name in self.model_names if Path(name).exists()]:
+            raise OfflineError(f"--revision: expected models on the Hugging Face hub, got the folder {local[0]}")
 
     def _check_device(self) -> None:
         if self.device is not None:
@@ -152,11 +176,26 @@ class ReproduceOptions:
         return tuple(dict.fromkeys(self.models or (tuple(PAPER_MODELS) if tables else PAPER_FOUR)))
 
     def label(self, name: str) -> str:
-        """A model in data and pictures: of a local one the last part of its path, unless two have the same."""
+        """A model in data and pictures: of a local one the last part of its path, unless two have the same.
+
+        One of a certain revision is told from the one that its name stands for.
+        """
+        if self.revision is not None:
+            return f"{name}@{self.revision}"
         if not Path(name).exists():
             return name
         same = [other for other in self.model_names if slug(other) == slug(name)]
         return slug(name) if len(same) == 1 else name
+
+    @cached_property
+    def model_sources(self) -> dict[str, list[Any]]:
+        """See `model_source`; looked up once, for the hub has to be asked."""
+        return {name: model_source(name, self.revision, init=self.init) for name in self.model_names}
+
+    @cached_property
+    def tokenizer_source(self) -> list[Any]:
+        """The same of a tokenizer that does not lie beside the model."""
+        return [] if self.tokenizer is None or self.random_prompts else tokenizer_source(self.tokenizer)
 
     @property
     def random_seeds(self) -> tuple[int, ...]:
@@ -174,6 +213,10 @@ class ReproduceOptions:
         if self.random_prompts:
             return self.samples or _RANDOM_SAMPLES
         return self.samples or (_PROBING_SAMPLES if self.features else _SAMPLES)
+
+    def enough(self, samples: int) -> bool:
+        """Whether so many will do: as many as were asked for, or at least as many as there would be."""
+        return samples == self.samples if self.samples else samples >= self.sample_count
 
     @property
     def features(self) -> bool:

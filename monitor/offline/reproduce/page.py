@@ -14,7 +14,8 @@ from repflow.monitor.offline.reproduce.pictures import GRID, INK, draw_result
 from repflow.monitor.offline.reproduce.written import Result, results_in
 
 _PAGE = "report.html"
-_HIDDEN = ("request", "models", "checkpoints", "claims", "comparison", "target", "title", "paper", "skipped")
+_SHOWN = ("claims", "unclaimed", "comparison", "reading", "target", "title", "paper", "skipped")
+_HIDDEN = (*_SHOWN, "request", "models", "checkpoints")
 _VERDICTS = {True: "✓", False: "✗", None: "–"}
 _READ_OUT = {True: "holds", False: "does not hold", None: "cannot be told"}
 
@@ -60,7 +61,8 @@ def _section(folder: Path, result: Result) -> str:
         skipped,
         _picture(drawn.read_text(encoding="utf-8"), result),
         "".join(map(_claim, about.get("claims", []))),
-        _comparison(about["comparison"]),
+        "".join(f"<p><small>{escape(text)}.</small></p>" for text in about.get("unclaimed", [])),
+        _comparison(about["comparison"], about.get("reading")),
         _values(result) if result.target.startswith("table") else "",
         _choices(about),
         "</section>",
@@ -114,9 +116,10 @@ def _mark(verdict: Mapping[str, Any] | None) -> str:
     return f'<span title="{said}" aria-label="{said}" role="img">{mark}</span> {_number(verdict["value"])}'
 
 
-def _comparison(rows: Sequence[Mapping[str, Any]]) -> str:
+def _comparison(rows: Sequence[Mapping[str, Any]], reading: str | None) -> str:
+    told = f" {escape(reading)}" if reading else ""
     if not rows:
-        return "<p><small>The paper prints no number for these models and settings.</small></p>"
+        return f"<p><small>The paper prints no number for these models and settings.{told}</small></p>"
     several = [name for name in ("scheme", "policy", "length") if name in rows[0]]
     head = ["model", *several, f"what {escape(rows[0]['where'])} says of", "paper", "ours", "difference"]
     body = [
@@ -130,7 +133,7 @@ def _comparison(rows: Sequence[Mapping[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return f"<h3>Beside the paper</h3>{_table('Beside the paper', head, body)}"
+    return f"<h3>Beside the paper</h3>{_table('Beside the paper', head, body)}<p><small>{told}</small></p>"
 
 
 def _values(result: Result) -> str:

@@ -13,6 +13,13 @@ import numpy as np
 from repflow.monitor.offline.paper_models import PAPER_MODELS
 from repflow.monitor.offline.reproduce.claims import Curve, curves_of
 from repflow.monitor.offline.reproduce.written import Row
+from repflow.monitor.offline.tasks_command import TASKS
+
+_TASKS = " and ".join(TASKS)
+
+
+PAPER_LENGTH = 2048
+"""Tokens of the prompts in its figures."""
 
 
 @cache
@@ -25,6 +32,18 @@ def paper_model(name: str) -> str | None:
     """The paper's name of a model, by its name here, on the hub, or of its folder; None if it is none of them."""
     last = Path(name).name.lower()
     return next((key for key, model in PAPER_MODELS.items() if last in (key, Path(model.hub).name.lower())), None)
+
+
+def reading_of(target: str) -> str | None:
+    """How the paper's numbers are read, and beside what they stand; None where it prints none."""
+    if (known := paper_values().get(target)) is None:
+        return None
+    if target.startswith("figure"):
+        same = f"with {PAPER_LENGTH:,} tokens"
+        of = "random ids" if target == "figure3" else f"checkpoints on {_TASKS}, means over both,"
+    else:
+        same, of = "of the same length", f"means over {_TASKS}"
+    return " ".join(filter(None, [known.get("note"), f"Held against {of} {same} only."]))
 
 
 def compare_curves(target: str, curves: Mapping[str, Curve]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from repflow.monitor.offline.reproduce.pictures_random import INK
 from repflow.monitor.offline.reproduce.written import Result, Row
@@ -32,18 +33,27 @@ def draw_token_maps(result: Result) -> Figure:
             box = (-0.5, len(part) - 0.5, extent, 0)
             image = axis.imshow(part.T, aspect="auto", vmin=low, vmax=1, extent=box, interpolation="nearest")
             axis.set(xlabel="block", ylabel=label, title=_titled(key))
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.grid(False)
     figure.colorbar(image, ax=axes, label="cos(h⁽ˡ⁾, h⁽ˡ⁺¹⁾)", shrink=0.8)
     return figure
 
 
 def draw_curves(result: Result) -> Figure:
-    """Figure 2: inter-token similarity over normalised depth."""
-    figure = Figure(figsize=(7.5, 4.4), layout="constrained")
-    axis = figure.subplots()
-    handles = _lines(axis, result.rows)
-    axis.set(xlabel="normalised depth", ylabel="inter-token similarity")
-    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    """Figure 2: inter-token similarity over normalised depth, a panel for each length."""
+    lengths = sorted(_names(result.rows, "length"))
+    figure = Figure(figsize=(4 + 3.5 * len(lengths), 4.4), layout="constrained")
+    axes = figure.subplots(1, len(lengths), squeeze=False, sharey=True)[0]
+    models, tasks = _names(result.rows, "model"), _names(result.rows, "task")
+    for axis, length in zip(axes, lengths, strict=True):
+        part = [row for row in result.rows if row["length"] == length]
+        for key in dict.fromkeys((row["model"], row["task"]) for row in part):
+            rows = [row for row in part if (row["model"], row["task"]) == key]
+            values = [np.nan if row["value"] is None else row["value"] for row in rows]
+            axis.plot(np.linspace(0, 1, len(rows)), values, **_style(models, tasks, rows[0]))
+        axis.set(xlabel="normalised depth", title=f"{length:,} tokens")
+    axes[0].set_ylabel("inter-token similarity")
+    figure.legend(handles=_legend(models, tasks), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -60,6 +70,8 @@ def draw_matrices(result: Result) -> Figure:
     for axis, key in zip(axes.flat, keys, strict=False):
         image = axis.imshow(result.arrays[key], origin="lower", vmin=low, vmax=1, interpolation="nearest")
         axis.set(xlabel="state", ylabel="state", title=_titled(key))
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_locator(MaxNLocator(integer=True))
         axis.grid(False)
     for axis in axes.flat[len(keys) :]:
         axis.set_visible(False)
@@ -106,7 +118,8 @@ def draw_variation(result: Result) -> Figure:
             for task in tasks:
                 rows = [row for row in result.rows if (row["model"], row["task"]) == (model, task)]
                 values = [np.nan if row[name] is None else row[name] for row in rows]
-                axis.plot([row["length"] for row in rows], values, marker=".", **_style(models, tasks, rows[0]))
+                if rows:  # a task may not fit into the window of a model
+                    axis.plot([row["length"] for row in rows], values, marker=".", **_style(models, tasks, rows[0]))
             paper = [told for told in result.about["comparison"] if (told["model"], told["text"]) == (model, name)]
             color = _COLORS[models.index(model) % len(_COLORS)]
             lengths = [told["length"] for told in paper]
@@ -121,15 +134,6 @@ def draw_variation(result: Result) -> Figure:
         extra.append(Line2D([], [], color=INK, marker="o", mfc="none", linestyle="", label="paper, mean over tasks"))
     figure.legend(handles=_legend(models, tasks) + extra, loc="outside lower center", ncols=3)
     return figure
-
-
-def _lines(axis: Any, rows: Sequence[Row]) -> list[Line2D]:
-    models, tasks = _names(rows, "model"), _names(rows, "task")
-    for key in dict.fromkeys((row["model"], row["task"], row["length"]) for row in rows):
-        part = [row for row in rows if (row["model"], row["task"], row["length"]) == key]
-        values = [np.nan if row["value"] is None else row["value"] for row in part]
-        axis.plot(np.linspace(0, 1, len(part)), values, **_style(models, tasks, part[0]))
-    return _legend(models, tasks)
 
 
 def _style(models: list[str], tasks: list[str], row: Row) -> dict[str, Any]:

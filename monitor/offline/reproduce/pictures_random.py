@@ -51,7 +51,7 @@ def draw_random(result: Result) -> Figure:
         axis.set_xlabel("block" if updates else "state")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.supylabel(f"inter-token similarity{' of updates Δh' if updates else ''}", fontsize=9)
-    figure.legend(handles=_legend(result.rows, variant), loc="outside lower center", ncols=4)
+    figure.legend(handles=_legend(result, variant), loc="outside lower center", ncols=4)
     return figure
 
 
@@ -89,10 +89,14 @@ def _style(scheme: str, variant: int | None) -> dict[str, Any]:
     return {"color": _VARIANT_COLORS[variant], "linestyle": _SCHEME_DASHES[scheme], "linewidth": 2.6 - 0.8 * variant}
 
 
-def _legend(rows: Sequence[Row], variant: str | None) -> list[Line2D]:
+def _legend(result: Result, variant: str | None) -> list[Line2D]:
+    rows = result.rows
     schemes = list(dict.fromkeys(row["scheme"] for row in rows))
     if variant is None:
-        return [Line2D([], [], label=scheme, **_style(scheme, None)) for scheme in schemes]
+        # The checkpoint runs on other prompts than the models drawn at random.
+        prompts = dict.fromkeys(key.rsplit("/", 2)[1] for key in result.about["checkpoints"])
+        names = {"pretrained": f"pretrained, on {' and '.join(prompts).replace('_', ' ')}"}
+        return [Line2D([], [], label=names.get(scheme, scheme), **_style(scheme, None)) for scheme in schemes]
     dashes = [Line2D([], [], color=INK, linestyle=_SCHEME_DASHES[scheme], label=scheme) for scheme in schemes]
     variants = list(dict.fromkeys(row[variant] for row in rows))
     return dashes + [

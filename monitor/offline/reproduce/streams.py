@@ -12,6 +12,7 @@ from rich.text import Text
 
 from repflow.monitor.offline import BeyondWindowError, OfflineError
 from repflow.monitor.offline.initialisation import Initialisation, NormVariant, Scheme, VectorPolicy
+from repflow.monitor.offline.loading import load_config
 from repflow.monitor.offline.processes import Processes
 from repflow.monitor.offline.random_streams import RandomModel
 from repflow.monitor.offline.reproduce.options import ReproduceOptions
@@ -89,6 +90,8 @@ def measure_streams(
     Raises:
         OfflineError: there is no such configuration, it cannot be followed, or memory does not suffice.
     """
+    for name in options.model_names:
+        load_config(name)  # so that one that does not exist is told before hours with the others
     wanted = {point: None for target in targets for point in points_of(target, options)}
     # What transformers draws comes first: afterwards it would have to be drawn again.
     points = sorted(wanted, key=lambda point: point.scheme != "default")

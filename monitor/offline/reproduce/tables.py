@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.text import Text
 
 from repflow.monitor.offline.probing import ProbeOptions, ProbeResult, train_probes
-from repflow.monitor.offline.reproduce.checkpoints import Depth, Depths, tasks_by_model
-from repflow.monitor.offline.reproduce.depth_targets import about, key_of
+from repflow.monitor.offline.reproduce.depth import Depth, Depths, tasks_by_model
+from repflow.monitor.offline.reproduce.depth_targets import about, key_of, like_the_papers
 from repflow.monitor.offline.reproduce.options import ReproduceOptions
 from repflow.monitor.offline.reproduce.paper import compare_table
 from repflow.monitor.offline.reproduce.targets import Target
@@ -43,13 +43,8 @@ def table1(target: Target, options: ReproduceOptions, depths: Depths, console: C
         "accuracy": "%, mean over seeds, of the samples of validation",
         "drop": "accuracy at the peak, the state with the best mean, minus that of the last state",
     }
-    means = [row for row in rows if row["task"] == "mean"]
-    return Result(
-        target=target.name,
-        rows=rows,
-        arrays=arrays,
-        about=told | {"comparison": [] if options.init else compare_table(target.name, means, ("last", "drop"))},
-    )
+    told["comparison"] = _beside_the_paper(target, options, depths, rows, ("last", "drop"))
+    return Result(target=target.name, rows=rows, arrays=arrays, about=told)
 
 
 def table2(target: Target, options: ReproduceOptions, depths: Depths) -> Result:
@@ -58,18 +53,22 @@ def table2(target: Target, options: ReproduceOptions, depths: Depths) -> Result:
     for model, length, group in tasks_by_model(depths.of(options.lengths_of(target))):
         part = [_variation(depth) for depth in group]
         rows += [*part, *_mean_row(model, length, part)]
-    means = [row for row in rows if row["task"] == "mean"]
     told = about(target, options, depths)
     told["choices"] |= {
         "v_loc": "mean of |second difference| over the S − 2 interior states (the paper prints the normaliser L − 2)",
         "v_glob": "population standard deviation over all S states, mean over tokens and features",
         "relative": "v_loc_rel and v_glob_rel: divided by the RMS of the token's states",
     }
-    return Result(
-        target=target.name,
-        rows=rows,
-        about=told | {"comparison": [] if options.init else compare_table(target.name, means, ("v_loc", "v_glob"))},
-    )
+    told["comparison"] = _beside_the_paper(target, options, depths, rows, ("v_loc", "v_glob"))
+    return Result(target=target.name, rows=rows, about=told)
+
+
+def _beside_the_paper(
+    target: Target, options: ReproduceOptions, depths: Depths, rows: Sequence[Row], columns: Sequence[str]
+) -> list[dict[str, Any]]:
+    alike = {(model, length) for model, length, _ in like_the_papers(depths.of(options.lengths_of(target)))}
+    means = [row for row in rows if row["task"] == "mean" and (row["model"], row["length"]) in alike]
+    return compare_table(target.name, means, columns)
 
 
 def _probed(depth: Depth, chosen: ProbeOptions, options: ReproduceOptions, console: Console) -> ProbeResult:

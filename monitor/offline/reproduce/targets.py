@@ -74,5 +74,11 @@ def chosen_targets(names: tuple[str, ...]) -> tuple[Target, ...]:
     unknown = [name for name in names if name not in (*TARGETS, "all")]
     if unknown or not names:
         told = repr(unknown[0]) if unknown else "none"
-        raise OfflineError(f"TARGET: expected some of {', '.join(TARGETS)}, or all, report or draw; got {told}")
+        if unknown and unknown[0] in ("report", "draw"):
+            told += (
+                f", which stands first and alone: `repflow reproduce {unknown[0]} FOLDER`, once there are targets in it"
+            )
+        raise OfflineError(
+            f"TARGET: expected some of {', '.join(TARGETS)}, or all, or report or draw first; got {told}"
+        )
     return tuple(target for target in _ALL if target.name in names or "all" in names)

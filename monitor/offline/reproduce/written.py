@@ -5,7 +5,7 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,12 +68,14 @@ def read_result(folder: Path, target: str) -> Result | None:
     return Result(target=target, rows=rows, arrays=arrays, about=about)
 
 
-def finished(folder: Path, target: str, request: Mapping[str, Any]) -> bool:
-    """Whether a target is there, as it is asked for."""
+def finished(folder: Path, target: str, request: Mapping[str, Any], enough: Callable[[int], bool]) -> bool:
+    """Whether a target is there, as it is asked for, of enough samples."""
     about = read_json(_json(folder, target)) if _json(folder, target).exists() else None
     if about is None or not (folder / f"{target}.csv").exists():
         return False
-    return about.get("request") == json.loads(json.dumps(request))
+    made = dict(about.get("request", {}))
+    samples = made.pop("samples", [])
+    return made == json.loads(json.dumps(request)) and all(map(enough, samples))
 
 
 def results_in(folder: Path) -> list[Result]:

@@ -30,10 +30,12 @@ _SIZES: dict[str, dict[str, Any]] = {
 KINDS = tuple(_SIZES)
 
 
-def config(kind: str) -> Any:
+def config(kind: str, **changes: Any) -> Any:
     """Three blocks of 32 features, of one of the paper's four families."""
     ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    return transformers.AutoConfig.for_model(kind, vocab_size=VOCABULARY, hidden_size=32, **ends, **_SIZES[kind])
+    return transformers.AutoConfig.for_model(
+        kind, vocab_size=VOCABULARY, hidden_size=32, **ends, **_SIZES[kind] | changes
+    )
 
 
 @cache
@@ -61,11 +63,11 @@ def with_ends() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|end|>")
 
 
-def save(folder: Path, kind: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+def save(folder: Path, kind: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """A checkpoint of a causal language model with its head and tokenizer, as the hub has them."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config(kind), dtype=dtype)
+        model = transformers.AutoModelForCausalLM.from_config(config(kind, **changes), dtype=dtype)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder

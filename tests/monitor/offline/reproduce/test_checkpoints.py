@@ -13,7 +13,7 @@ from repflow.monitor.offline.loading import load_model
 from repflow.monitor.offline.probing import ProbeOptions, train_probes
 from repflow.monitor.offline.reproduce.written import Result, read_result
 from repflow.monitor.offline.tasks_kvpr import KeyValueRetrieval
-from tests.monitor.offline import tiny
+from tests.monitor.offline import questions, tiny
 from tests.monitor.offline.reproduce.conftest import reproduce, trained
 
 
@@ -24,7 +24,7 @@ def result(folder: Path, target: str) -> Result:
 
 
 def extraction(folder: Path, model: str, task: str) -> Extraction:
-    (place,) = (folder / "work" / "prompts").glob(f"{model}-{task}-300-*")
+    (place,) = (folder / "work" / "prompts").glob(f"{model}-{task}-300-*/*")
     return Extraction.open(place / "extraction")
 
 
@@ -111,7 +111,7 @@ def test_a_damaged_cache_is_measured_again(models: Path, tmp_path: Path):
     arguments = ["figure2", *trained(models, "gpt_neo"), "--task", "kvpr", "--no-pictures", "-o", tmp_path]
     reproduce(*arguments)
     whole = (tmp_path / "figure2.csv").read_bytes()
-    (place,) = (tmp_path / "work" / "prompts").iterdir()
+    (place,) = (tmp_path / "work" / "prompts").glob("*/*")
     (place / "extraction" / "000000.pt").write_bytes(b"nothing")
     (tmp_path / "figure2.json").write_text("{")
     with pytest.warns(RuntimeWarning, match="is damaged"):
@@ -119,15 +119,60 @@ def test_a_damaged_cache_is_measured_again(models: Path, tmp_path: Path):
     assert (tmp_path / "figure2.csv").read_bytes() == whole
 
 
-def test_the_paper_stands_beside_a_model_of_its_name(models: Path, tmp_path: Path):
-    (tmp_path / "pythia-2.8b").symlink_to(models / "gpt_neox")
-    reproduce("table2", "figure2", *trained(tmp_path, "pythia-2.8b")[:2], *trained(models)[:], "--no-pictures",
-              "-o", tmp_path / "out")  # fmt: skip
-    loc, glob = result(tmp_path / "out", "table2").about["comparison"]
-    mean = next(row for row in result(tmp_path / "out", "table2").rows if row["task"] == "mean")
-    assert (loc["paper"], glob["paper"]) == (0.265, 1.059)
+@pytest.fixture(scope="module")
+def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a name in the paper, with room for 2K tokens, and questions with passages that fill them."""
+    folder = tmp_path_factory.mktemp("named")
+    tiny.save(folder / "pythia-2.8b", "gpt_neox", max_position_embeddings=2048)
+    records = questions.records()
+    for record in records:
+        record["ctxs"][1]["text"] *= 5  # pyright: ignore[reportIndexIssue]
+    questions.write(folder / "questions.jsonl", list(records))
+    return folder
+
+
+def of_the_paper(named: Path, *arguments: str | Path) -> list[str | Path]:
+    """Arguments for few prompts on the checkpoint of a name in the paper."""
+    chosen = ("--model", named / "pythia-2.8b", "--data", named / "questions.jsonl", "--samples", "2")
+    return [*arguments, *chosen, "--no-pictures", "-o", named / "out"]  # one folder: what is measured is shared
+
+
+def test_the_paper_stands_beside_a_model_of_its_name(named: Path):
+    lengths = ("--length", "2K", "--length", "300")
+    reproduce(*of_the_paper(named, "figure2", "figure4", "table2", *lengths))
+    figure = result(named / "out", "figure2")
+    assert [row["paper"] for row in figure.about["comparison"]] == [0.9, 0.6]
+    last = [row["value"] for row in figure.rows if row["length"] == 2048 and row["state"] == 3]
+    assert len(last) == 2  # one for each task; those of 300 tokens are not what the paper's figure is about
+    assert figure.about["comparison"][1]["ours"] == pytest.approx(np.mean(last), rel=1e-6)
+    assert figure.about["reading"].startswith("What is said of most layers is held against the median over all states.")
+    matrices = result(named / "out", "figure4")
+    (beside,) = matrices.about["comparison"]
+    assert beside["ours"] == pytest.approx(float(matrices.arrays["pythia-2.8b/mean/2048"][1, 2]), rel=1e-6)
+    table = result(named / "out", "table2")
+    long_loc, long_glob, loc, glob = table.about["comparison"]
+    assert [(told["length"], told["paper"]) for told in (long_loc, long_glob)] == [(2048, 0.28), (2048, 1.147)]
+    assert [(told["length"], told["paper"]) for told in (loc, glob)] == [(300, 0.265), (300, 1.059)]
+    mean = next(row for row in table.rows if row["task"] == "mean" and row["length"] == 300)
     assert loc["difference"] == pytest.approx(mean["v_loc"] - 0.265, rel=1e-5)
-    assert [row["paper"] for row in result(tmp_path / "out", "figure2").about["comparison"]] == [0.9, 0.6]
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ("--length", "2K", "--task", "kvpr"),  # its numbers are means over both tasks
+        ("--length", "300"),  # its figures are of 2K
+        ("--length", "2K", "--protocol", "random_ids"),
+        ("--length", "2K", "--init", "--tokenizer"),  # weights of its own
+    ],
+    ids=["one task", "another length", "random ids", "random weights"],
+)
+def test_nothing_else_stands_beside_the_paper(choice: tuple[str, ...], named: Path):
+    arguments = [*choice, named / "pythia-2.8b"] if choice[-1] == "--tokenizer" else list(choice)
+    reproduce(*of_the_paper(named, "figure2", "figure4", "table2", *arguments))
+    beside = {target: result(named / "out", target).about["comparison"] for target in ("figure2", "figure4", "table2")}
+    assert not beside["figure2"] and not beside["figure4"]
+    assert len(beside["table2"]) == (2 if choice == ("--length", "300") else 0)
 
 
 def test_a_length_beyond_the_window_is_skipped_and_said(models: Path, tmp_path: Path):

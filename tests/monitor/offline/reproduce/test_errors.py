@@ -33,6 +33,7 @@ def folder(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     ("arguments", "message"),
     [
         (["figure8"], "TARGET: expected some of figure1, figure2, figure3, figure4, figure5, figure6, figure7, table1"),
+        (["figure1", "report"], "got 'report', which stands first and alone: `repflow reproduce report FOLDER`"),
         (["figure2", "--model", "./absent"], "./absent: expected a folder with a model, owner/name on"),
         (["figure3", "--init", "--model", "opt-9b"], "or one of gpt-neo-2.7b, pythia-2.8b, mamba-2.8b, mamba2-2.7b"),
         (["figure3", "--init", "--scheme", "he"], "--scheme: expected default or gaussian or xavier or kaiming, got"),
@@ -44,6 +45,11 @@ def folder(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
         (["figure2", "--device", "cuda:99"], "--device: expected one of "),
         (["figure2", "--length", "long"], "--length: expected a number of tokens"),
         (["figure2", "--samples", "0"], "--samples: expected 1 or more, got 0"),
+        (["figure2", "--batch-tokens", "0"], "--batch-tokens: expected 1 or more, got 0"),
+        (["figure2", "--classes", "1"], "--classes: expected 2 or more, got 1"),
+        (["figure2", "--prompt-seed", "-1"], "--prompt-seed: expected 0 or more, got -1"),
+        (["figure2", "--model", "gpt_neo", "--revision", "step1"], "--revision: expected models on the Hugging Face"),
+        (["figure2", "--init", "--revision", "step1"], "--revision: expected checkpoints, whose weights differ"),
         (["figure2", "--init", "--device-map", "auto"], "--device-map: expected a checkpoint to spread"),
         (["table1", "--init"], "table1: expected prompts of a task; probes read the gold position"),
         (["figure3", "--init", "--length", "300", "--length", "1K"], "--length: expected one length for figures 3"),
@@ -64,6 +70,28 @@ def test_an_error_is_one_line(arguments: list[str], message: str, folder: Path):
     short.save_pretrained(folder / "short")
     tiny.config("gpt_neo").save_pretrained(folder / "short")
     assert message in fails(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["figure2", "--model", "absent"], "absent: expected a folder with a model"),
+        (["figure3", "--init", "--model", "absent"], "absent: expected a folder with a model"),
+        (["figure2", "--model", "bare"], "bare: expected a checkpoint, found no weights"),
+        (["figure2", "--data", "absent.jsonl"], "absent.jsonl: expected lines of JSON"),
+        (["figure2", "--classes", "99"], "kvpr: expected from 2 to "),
+        (["table1", "--samples", "6"], "pairs: probes: expected samples of all "),
+    ],
+)
+@pytest.mark.usefixtures("untyped")
+def test_what_cannot_be_done_is_told_before_anything_is_measured(arguments: list[str], message: str, folder: Path):
+    """Not after hours with the first model, or the first task."""
+    tiny.config("gpt_neo").save_pretrained(folder / "bare")
+    given = ["--model", "gpt_neo", *arguments[1:], "--length", "300", "-o", "out"]
+    if "--data" not in given:
+        given += ["--data", str(questions.write(folder / "questions.jsonl.gz"))]
+    assert message in fails(arguments[0], *given)
+    assert not (folder / "out").exists()
 
 
 def test_all_leaves_out_what_random_ids_cannot_show(folder: Path):

@@ -3,14 +3,18 @@
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from typer.testing import CliRunner
 
 from repflow.monitor.cli import app
+from repflow.monitor.offline.reproduce.pictures_depth import draw_matrices, draw_token_maps
+from repflow.monitor.offline.reproduce.written import Result, read_result
 from tests.monitor.offline.reproduce.conftest import reproduce
 from tests.monitor.offline.reproduce.test_random_targets import FIGURES
 
@@ -23,11 +27,15 @@ def copied(folder: Path, target: Path, pattern: str = "*") -> Path:
     return target
 
 
+def texts(path: Path) -> str:
+    return "".join(ElementTree.parse(path).getroot().itertext())
+
+
 @pytest.mark.parametrize("target", [*(f"figure{number}" for number in range(1, 8)), "table1", "table2"])
 def test_every_target_has_its_pictures(target: str, page: Path):
     with Image.open(page.parent / f"{target}.png") as picture:
         assert picture.width > 600 and len(picture.convert("L").getcolors() or ()) > 20
-    text = "".join(ElementTree.parse(page.parent / f"{target}.svg").getroot().itertext())
+    text = texts(page.parent / f"{target}.svg")
     words = ("gpt_neo (TBM)", "1-D policy: trivial") if target in FIGURES else ("gpt_neox", "mamba2")
     assert all(word in text for word in words)
 
@@ -62,6 +70,34 @@ def test_what_is_there_is_drawn_by_the_next_run(models: Path, tmp_path: Path):
     output = reproduce(*arguments)
     assert "figure3: is there already" in output
     assert f"{tmp_path / 'figure3.svg'}" in output.replace("\n", "")
+
+
+def test_the_legend_tells_what_the_checkpoint_ran_on(checkpoints: Path, tmp_path: Path):
+    folder = copied(checkpoints, tmp_path / "copy", "figure3")
+    reproduce("draw", folder)
+    assert "pretrained, on kvpr and mdqa" in texts(folder / "figure3.svg")
+
+
+def test_each_length_has_its_panel(models: Path, tmp_path: Path):
+    lengths = ("--length", "16", "--length", "32")
+    reproduce("figure2", "--init", "--model", models / "mamba2", *lengths, "--samples", "2", "-o", tmp_path)
+    found = texts(tmp_path / "figure2.svg")
+    assert "16 tokens" in found and "32 tokens" in found
+
+
+@pytest.mark.parametrize(("target", "draw"), [("figure1", draw_token_maps), ("figure4", draw_matrices)])
+def test_blocks_and_states_are_counted_in_whole_numbers(
+    target: str, draw: Callable[[Result], Figure], checkpoints: Path
+):
+    result = read_result(checkpoints, target)
+    assert result is not None
+    axis = draw(result).axes[0]
+    for ticks in (axis.get_xticks(), axis.get_yticks()) if target == "figure4" else (axis.get_xticks(),):
+        assert len(ticks) > 1 and all(tick == int(tick) for tick in ticks)
+
+
+def test_how_the_papers_numbers_are_read_is_on_the_page(page: Path):
+    assert "Layer l is read as state l, and a layer of which no other is named" in page.read_text()
 
 
 @pytest.mark.parametrize("damage", ["csv", "npz"])

@@ -1,9 +1,11 @@
 """Figures 3, 5, 6 and 7: what is written is what a single stream gives, and a stopped run goes on."""
 
+import html
 import json
 from pathlib import Path
 
 import pytest
+import transformers
 
 from repflow.monitor.offline.initialisation import Initialisation
 from repflow.monitor.offline.random_streams import random_stream
@@ -95,3 +97,45 @@ def test_a_model_whose_window_is_too_small_is_said(models: Path, tmp_path: Path)
     about = json.loads((tmp_path / "figure5.json").read_text())
     assert about["skipped"] == ["gpt_neo: skipped 600 tokens: the model's window is smaller"]
     assert list(about["models"]) == ["mamba"]
+
+
+def test_streams_of_several_versions_are_told(models: Path, tmp_path: Path):
+    """Those of another version of torch, or another device, are gone on with; both are stated."""
+    arguments = [
+        *("figure6", "--init", "--model", models / "mamba2", "--length", "16", "--seeds", "1", "--scheme", "gaussian"),
+        *("--no-pictures", "-o", tmp_path),
+    ]
+    reproduce(*arguments, "--policy", "trivial")
+    (store,) = (tmp_path / "work" / "streams").iterdir()
+    now = json.loads((tmp_path / "figure6.json").read_text())["models"]["mamba2"]
+    store.write_text(store.read_text().replace(f'"torch": "{now["versions"]["torch"]}"', '"torch": "2.0.0"'))
+    reproduce(*arguments, "--policy", "trivial", "--policy", "scheme")
+    stated = json.loads((tmp_path / "figure6.json").read_text())["models"]["mamba2"]
+    assert stated["versions"] == [now["versions"] | {"torch": "2.0.0"}, now["versions"]]
+    assert stated["device_name"] == now["device_name"]
+    assert not {"norms", "policy", "norms_changed"} & stated.keys()  # which rows tell
+
+
+def test_what_the_checkpoint_ran_on_is_told(checkpoints: Path):
+    about = json.loads((checkpoints / "figure5.json").read_text())
+    assert about["choices"]["pretrained"].startswith("the checkpoint, on prompts of kvpr and mdqa of about 300 tokens")
+    assert set(about["checkpoints"]) == {f"{model}/{task}/300" for model in ("gpt_neox", "mamba2")
+                                         for task in ("kvpr", "mdqa")}  # fmt: skip
+
+
+def test_a_model_without_claims_is_said(models: Path, tmp_path: Path):
+    """Its blocks are neither attention nor state spaces, which is all that the paper has."""
+    sizes = {"vocab_size": 64, "hidden_size": 16, "attention_hidden_size": 16, "num_hidden_layers": 2}
+    transformers.AutoConfig.for_model("rwkv", **sizes).save_pretrained(tmp_path / "rwkv")
+    named = ("--model", tmp_path / "rwkv", "--model", models / "gpt_neo")
+    reproduce(
+        *("figure3", "--init", *named, "--length", "16", "--seeds", "1", "--scheme", "gaussian", "--policy", "scheme"),
+        *("--no-pictures", "-o", tmp_path),
+    )
+    result = read_result(tmp_path, "figure3")
+    assert result is not None
+    assert {row["family"] for row in result.rows if row["model"] == "rwkv"} == {"recurrent"}
+    (told,) = result.about["unclaimed"]
+    assert told.startswith("rwkv (recurrent): no claim is held against it")
+    reproduce("report", tmp_path)
+    assert html.escape(told) in (tmp_path / "report.html").read_text()
