@@ -71,11 +71,14 @@ class ProbeResult:
     """Accuracy of the probes on the samples that they were judged by."""
 
     accuracy: Float64[Tensor, "S seeds"]
-    chance: float
-    """Accuracy of always naming the class that is most frequent there, mean over seeds."""
     classes: int
     choices: dict[str, Any]
     """Every choice, as plain values."""
+
+    @property
+    def chance(self) -> float:
+        """1 / C, the accuracy of guessing, whatever classes the samples of validation are of."""
+        return 1 / self.classes
 
     @property
     def mean(self) -> Float64[Tensor, " S"]:
@@ -147,9 +150,14 @@ def train_probes(
             accuracy += found.cpu().unbind()
     return ProbeResult(
         torch.stack(accuracy),
-        float(np.mean([np.bincount(labels[split]).max() / split.sum() for split in splits])),
         problem.classes,
-        asdict(options) | {"samples": len(labels), "label": "gold position", "device": place.type},
+        asdict(options)
+        | {
+            "samples": len(labels),
+            "contexts": len(np.unique(contexts)),
+            "label": "gold position",
+            "device": place.type,
+        },
     )
 
 
