@@ -85,6 +85,22 @@ def test_table_1_is_what_probes_find(checkpoints: Path):
     assert (mean["task"], mean["last"]) == ("mean", pytest.approx((row["last"] + other["last"]) / 2))
 
 
+@pytest.mark.parametrize(("given", "states"), [((), "hf"), (("--states", "residual"), "residual")])
+def test_the_released_protocol_is_whole(models: Path, tmp_path: Path, given: tuple[str, ...], states: str):
+    """With its last layer, and each context at every position; how many there are is told."""
+    reproduce(
+        *("table1", *trained(models, "gpt_neox"), "--task", "kvpr", "--probes", "released", *given),
+        *("--no-pictures", "-o", tmp_path),
+    )
+    written = result(tmp_path, "table1")
+    measured = written.about["models"]["gpt_neox/kvpr/300"]
+    assert (measured["states"], measured["crossed"]) == (states, True)
+    assert written.about["choices"]["states"].startswith(f"{states}: ")
+    row = written.rows[0]
+    assert (row["samples"], row["contexts"] * row["classes"]) == (44, 44)
+    assert row["chance"] == pytest.approx(100 / row["classes"])
+
+
 def test_table_2_is_what_the_snapshot_has(checkpoints: Path):
     row = result(checkpoints, "table2").rows[1]
     snapshot = extraction(checkpoints, "gpt_neox", "mdqa").snapshot
