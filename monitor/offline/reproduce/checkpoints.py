@@ -41,6 +41,7 @@ from repflow.monitor.offline.tasks_length import (
     shared_window,
 )
 from repflow.monitor.residual_stream import find_residual_stream
+from repflow.monitor.warning import warn
 
 _DONE, _MAP = "measured.json", "token_map.npy"
 
@@ -205,9 +206,13 @@ def _read(folder: Path, name: str, task: str, length: int) -> Depth | None:
         return None
     try:
         extraction = Extraction.open(folder / "extraction")
-        token_map = np.load(folder / _MAP, allow_pickle=False)
-    except (OfflineError, OSError, ValueError, EOFError):
+    except OfflineError:
         return None  # what is damaged is told where it is read; the rest is gone on with
+    try:
+        token_map = np.load(folder / _MAP, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        warn(f"{folder / _MAP} is damaged ({type(error).__name__}); it is made again")
+        return None
     return Depth(
         model=name,
         task=task,

@@ -95,7 +95,13 @@ class ReproduceOptions:
                 raise OfflineError(f"{option}: expected 1 or more, got {number}")
         for length in self.lengths:
             parse_length(length)
+        self._check_folder()
         self._check_device()
+
+    def _check_folder(self) -> None:
+        there = next(path for path in (self.folder.absolute(), *self.folder.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise OfflineError(f"--output: expected a folder, and {there} is a file; name another")
 
     def _check_device(self) -> None:
         if self.device is not None:

@@ -300,7 +300,7 @@ def test_a_norm_that_is_not_understood_is_not_reset(wants_more: bool, reason: st
         initialise(model, Initialisation(policy="trivial"))
     with pytest.raises(OfflineError, match="OddNorm"), norms_as(model, "affine_reset"):
         pass
-    assert torch.equal(model[0].weight, torch.full((8,), 3.0))  # as it was
+    assert torch.equal(model.get_parameter("0.weight"), torch.full((8,), 3.0))  # as it was
     with norms_as(model, "disabled"):
         assert torch.equal(model(torch.ones(1, 8)), torch.ones(1, 8))
 

@@ -128,11 +128,12 @@ def test_a_damaged_cache_is_measured_again(models: Path, tmp_path: Path):
     reproduce(*arguments)
     whole = (tmp_path / "figure2.csv").read_bytes()
     (place,) = (tmp_path / "work" / "prompts").iterdir()
-    (place / "extraction" / "000000.pt").write_bytes(b"nothing")
-    (tmp_path / "figure2.json").write_text("{")
-    with pytest.warns(RuntimeWarning, match="is damaged"):
-        assert "44 prompts" in reproduce(*arguments)
-    assert (tmp_path / "figure2.csv").read_bytes() == whole
+    for name in ("extraction/000000.pt", "extraction/samples.pt", "extraction/extraction.json", "token_map.npy"):
+        (place / name).write_bytes(b"nothing")
+        (tmp_path / "figure2.json").write_text("{")
+        with pytest.warns(RuntimeWarning, match=rf"{place / name} is damaged"):
+            assert "44 prompts" in reproduce(*arguments)
+        assert (tmp_path / "figure2.csv").read_bytes() == whole
 
 
 def test_the_paper_stands_beside_a_model_of_its_name(models: Path, tmp_path: Path):
