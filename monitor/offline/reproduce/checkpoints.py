@@ -95,7 +95,11 @@ def measure_depths(
                 console.print(Text(depths.skipped[-1], style="yellow"), soft_wrap=True)
                 continue
             for task in options.prompt_tasks:
-                depths.found.append(_measured(options, name, task, length, lender, processes, console))
+                try:
+                    depths.found.append(_measured(options, name, task, length, lender, processes, console))
+                except BeyondWindowError as error:  # of this task alone
+                    depths.skipped.append(f"{name}: {error}")
+                    console.print(Text(depths.skipped[-1], style="yellow"), soft_wrap=True)
         del lender
         free_memory()
     return depths

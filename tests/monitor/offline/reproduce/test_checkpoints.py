@@ -13,7 +13,7 @@ from repflow.monitor.offline.loading import load_model
 from repflow.monitor.offline.probing import ProbeOptions, train_probes
 from repflow.monitor.offline.reproduce.written import Result, read_result
 from repflow.monitor.offline.tasks_kvpr import KeyValueRetrieval
-from tests.monitor.offline import tiny
+from tests.monitor.offline import questions, tiny
 from tests.monitor.offline.reproduce.conftest import reproduce, trained
 
 
@@ -156,6 +156,15 @@ def test_a_length_beyond_the_window_is_skipped_and_said(models: Path, tmp_path: 
     written = result(tmp_path, "table2")
     assert {(row["task"], row["length"]) for row in written.rows} == {("random_ids", 64), ("mean", 64)}
     assert written.about["comparison"] == [] and len(written.about["skipped"]) == 1
+
+
+def test_a_task_that_does_not_fit_is_skipped_and_said(models: Path, tmp_path: Path):
+    questions.write_long(tmp_path / "long.jsonl")
+    arguments = ("--model", models / "gpt_neo", "--length", "300", "--samples", "11", "--data", tmp_path / "long.jsonl")
+    output = reproduce("table2", *arguments, "--no-pictures", "-o", tmp_path / "out")
+    assert "skipped 300 tokens of mdqa: expected 2 documents to fit into 512, the window of the model" in output
+    written = result(tmp_path / "out", "table2")
+    assert {row["task"] for row in written.rows} == {"kvpr", "mean"} and len(written.about["skipped"]) == 1
 
 
 def test_models_of_one_name_are_told_apart(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
