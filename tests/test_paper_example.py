@@ -230,12 +230,48 @@ def test_all_variants_are_run_and_failures_told(monkeypatch, capsys, corpus_fold
     kept = sorted(path.name for path in (tmp_path / "results" / "transformer-no-norms").iterdir())
     assert kept == ["loss.csv", "run.db", "training.json"]
     # What is there is not made again; what fails is told.
+    (tmp_path / "work" / "checkpoints" / "ssm").write_text("in the way")
     with pytest.raises(SystemExit) as ended:
-        run_script(monkeypatch, "run.py", "--variants", "transformer-no-norms", "ssm", *options, "--rows", "many")
+        run_script(monkeypatch, "run.py", "--variants", "transformer-no-norms", "ssm", *options, *tiny)
     said = capsys.readouterr().out
     assert ended.value.code == 1 and "transformer-no-norms: trained" in said
     assert "ssm: failed; see work/logs/ssm.log" in said.replace("\n", " ")
-    assert "invalid int value: 'many'" in (tmp_path / "work" / "logs" / "ssm.log").read_text()
+    assert "FileExistsError" in (tmp_path / "work" / "logs" / "ssm.log").read_text()
+    # Nor is what was made with other options taken for what is asked for now.
+    whole = (tmp_path / "work/checkpoints/transformer-no-norms/training.json").read_bytes()
+    for changed, told in (
+        (["--rows", 4], "found one made with --rows 2, not 4; remove this folder to train it again, or name another"),
+        (["--steps", 3, "--seed", 1], "found one made with --seed 0, not 1, --steps 2, not 3"),
+    ):
+        with pytest.raises(SystemExit, match=f"work/checkpoints/transformer-no-norms: expected .*{told}"):
+            run_script(monkeypatch, "run.py", "--variants", "transformer-no-norms", *options, *tiny, *changed)
+    with pytest.raises(SystemExit, match=r"work/corpus: expected the tokens of --text-mib 2\.0, found those of 1\.0"):
+        run_script(monkeypatch, "run.py", "--variants", "ssm", *options, *tiny, "--text-mib", 2)
+    assert (tmp_path / "work/checkpoints/transformer-no-norms/training.json").read_bytes() == whole
+
+
+def test_a_trial_has_places_of_its_own(monkeypatch):
+    """With tiny models nothing lands where results are published, and little text is read."""
+    run = import_module("run")
+    for given, work, results, mib in (
+        (["--tiny"], "paper-work-tiny", Path("paper-work-tiny/results"), "1.0"),
+        (["--tiny", "--work", "here", "--text-mib", "2"], "here", Path("here/results"), "2.0"),
+        (["--tiny", "--results", "there"], "paper-work-tiny", Path("there"), "1.0"),
+        ([], "paper-work", FOLDER / "results", "64.0"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["run.py", *given, "--steps", "20"])
+        options, passed = run.parse()
+        assert (options.work, options.results) == (Path(work), results)
+        assert passed == ["--steps", "20", "--text-mib", mib, *(["--tiny"] if "--tiny" in given else [])]
+
+
+def test_enough_text_is_held_out(tmp_path: Path):
+    """Of many small files more than one in fifty, for the loss on a row of tokens."""
+    for number in range(60):
+        (tmp_path / f"{number}.py").write_text(f"value_{number} = {number}\n" * 40)
+    corpus = import_module("_corpus")
+    corpus.prepare(tmp_path / "corpus", 1.0, tmp_path)
+    assert corpus.load(tmp_path / "corpus").validation_bytes >= 2**14
 
 
 def test_norms_are_of_the_transformer(monkeypatch, capsys):

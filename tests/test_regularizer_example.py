@@ -71,7 +71,9 @@ def test_all_are_compared(monkeypatch: pytest.MonkeyPatch, capsys: Any, corpus_f
     shutil.copytree(corpus_folder, tmp_path / "work" / "corpus")
     without = trained(monkeypatch, corpus_folder, "work/transformer-without-0", "--strength", "none")
     (tmp_path / "work/transformer-pilot-0").mkdir()
-    (tmp_path / "work/transformer-pilot-0/result.json").write_text(json.dumps(without | {"steps": 20, "seconds": 2.0}))
+    choices = without["choices"] | {"steps": None, "seconds": 0.1}
+    pilot = without | {"steps": 20, "seconds": 2.0, "choices": choices}
+    (tmp_path / "work/transformer-pilot-0/result.json").write_text(json.dumps(pilot))
     options = [option for option in TINY if option not in ("--steps", "10")]
     places = ("--work", "work", "--results", "results", "--families", "transformer", "--seeds", 0, "--seconds", 1)
     with pytest.raises(SystemExit) as ended:
@@ -86,10 +88,37 @@ def test_all_are_compared(monkeypatch: pytest.MonkeyPatch, capsys: Any, corpus_f
     assert len(curves) == 2 * 2 * 4
     (reached,) = (float(row["inter_token"]) for row in curves[:8] if (row["step"], row["state"]) == ("5", "1"))
     assert {row["target"] for row in runs} == {"", str(round(reached / 2, 4))} and runs[3]["steps"] == "10"
+    # What is there is not taken for a model of other options: neither pilots, nor those without, nor those with.
+    whole = {path: path.read_bytes() for path in Path("work").rglob("result.json")}
+    for changed, model, told in (
+        (["--seconds", 2], "pilot", "--seconds 0.1, not 0.2"),
+        (["--rows", 4], "pilot", "--rows 2, not 4"),
+        (["--steps", 10, "--layers", "late"], "without", r"--layers \['early'\], not \['late'\]"),
+        (["--steps", 10, "--target", 0.7], "with", f"--target {round(reached / 2, 4)}, not 0.7"),
+        (["--steps", 10, "--strength", 0.1], "with", "--strength controlled, not 0.1"),
+    ):
+        with pytest.raises(
+            SystemExit, match=f"work/transformer-{model}-0: expected .* found one made with {told}; rem"
+        ):
+            run_script(monkeypatch, "compare.py", *places, *options, *changed)
+    assert {path: path.read_bytes() for path in Path("work").rglob("result.json")} == whole
     run_script(monkeypatch, "draw.py", "results")
     for name in ("similarity", "retrieval"):
         assert Path(f"results/{name}.png").stat().st_size > 10_000
         assert "State-space" not in (drawn := Path(f"results/{name}.svg").read_text()) and "Transformer" in drawn
+
+
+def test_a_trial_has_places_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    compare = import_module("compare")
+    for given, work, results in (
+        (["--tiny"], Path("regularizer-work-tiny"), Path("regularizer-work-tiny/results")),
+        ([], Path("regularizer-work"), FOLDER / "results"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["compare.py", *given])
+        options, _ = compare.parse()
+        assert (options.work, options.results) == (work, results)
+    parsed = import_module("regularize").parse(["--tiny", "-o", "out"])
+    assert (parsed.text_mib, parsed.tiny) == (1.0, True)
 
 
 def test_a_strength_is_a_number_or_a_word(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

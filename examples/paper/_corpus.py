@@ -21,12 +21,15 @@ VOCABULARY = 4096
 END = "<|endoftext|>"
 """Stands between files, and after a sample of KVPR."""
 VALIDATION_SHARE = 0.02
+TEXT_MIB = {False: 64.0, True: 1.0}
+"""Most text to read, by `--tiny`. Unit: MiB."""
 _UUID = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _PIECES = r"[0-9a-f]{2}(?=[0-9a-f-]*\z)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """Of what is cut at UUIDs: two hexadecimal digits that only digits and dashes follow, which is the inside of a UUID;
 elsewhere words, single digits, signs and white space."""
 _LEARNED_BYTES = 8 * 2**20  # of text, from which merges are learned
 _ENCODED_AT_ONCE = 256  # files, of what would take a hundred bytes per token
+_LEAST_HELD = 2**14  # bytes that are held out, more than a row of tokens however well they fit
 _LEARNED_UUIDS = 20_000  # enough for every pair of digits to be merged
 
 
@@ -49,23 +52,41 @@ def prepare(folder: Path, text_mib: float, text: Path | None = None) -> None:
         folder: for `tokenizer/`, `tokens.npz` and `corpus.json`.
         text_mib: most text to read. Unit: MiB.
         text: a folder whose `*.py`, `*.md` and `*.txt` are read; the packages of this Python if None.
+
+    Raises:
+        SystemExit: there is too little text, or what is there is of other text than is asked for.
     """
     if (folder / "corpus.json").exists():
+        _check(folder, {"text_mib": text_mib} | ({"text": text.name} if text else {}))
         return
     folder.mkdir(parents=True, exist_ok=True)
     files = list(_read([text] if text else _packages(), int(text_mib * 2**20)))
     held = max(1, round(VALIDATION_SHARE * len(files)))
     if len(files) < 2:
         raise SystemExit(f"--text: expected a folder with two text files or more, found {len(files)} in {text}")
+    while held < len(files) // 2 and sum(len(file.encode()) for file in files[-held:]) < _LEAST_HELD:
+        held += 1
     tokenizer = train_tokenizer(files[:-held])
     tokenizer.save_pretrained(folder / "tokenizer")
     tokens = [_encode(tokenizer, part) for part in (files[:-held], files[-held:])]
     np.savez(folder / "tokens.npz", train=tokens[0], validation=tokens[1])
     sizes = {"files": len(files), "validation_bytes": sum(len(file.encode()) for file in files[-held:])}
-    counts = {"train_tokens": len(tokens[0]), "validation_tokens": len(tokens[1])}
+    counts = {"train_tokens": len(tokens[0]), "validation_tokens": len(tokens[1]), "vocabulary": len(tokenizer)}
+    asked = {"text_mib": text_mib, "text": text.name if text else None}
     partial = folder / "corpus.partial"  # the last file, and whole when it is there
-    partial.write_text(json.dumps(sizes | counts | {"vocabulary": len(tokenizer)}, indent=2) + "\n")
+    partial.write_text(json.dumps(asked | sizes | counts, indent=2) + "\n")
     os.replace(partial, folder / "corpus.json")
+
+
+def _check(folder: Path, asked: dict[str, Any]) -> None:
+    """Raise a SystemExit where the tokens are of other text."""
+    about = json.loads((folder / "corpus.json").read_text())
+    for name, value in asked.items():
+        if name in about and about[name] != value:
+            raise SystemExit(
+                f"{folder}: expected the tokens of --{name.replace('_', '-')} {value}, found those of {about[name]}; "
+                "name the same, another folder, or remove this one"
+            )
 
 
 def load(folder: Path) -> Corpus:

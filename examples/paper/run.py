@@ -4,7 +4,7 @@ python run.py --seconds 70 --work paper-work --results examples/paper/results
 
 The work folder gets the text as tokens, checkpoints, logs, and what is measured; gigabytes. The results folder gets
 what is small: data of figures and tables, and of each model its losses, its retrieval and its run file. A model that
-is there already, whole, is not trained again.
+is there already, whole, is not trained again; one that was made with other options is not taken for it.
 """
 
 import argparse
@@ -19,7 +19,10 @@ from queue import Queue
 
 import _corpus
 import torch
+from _kept import is_there
 from _variants import Norms, variant_name
+from train import choices_of
+from train import parse as parse_training
 
 HERE = Path(__file__).resolve().parent
 _TRAINED: tuple[tuple[str, Norms], ...] = (
@@ -39,7 +42,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     """Read the command line; what is not known here is for train.py."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Further options are passed on to train.py, such as --rows 32, --steps 100 or --tiny.",
+        epilog="Further options are passed on to train.py, such as --rows 32 or --steps 100.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -50,10 +53,26 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--prompts", type=int, default=4096, help="of each length, to measure on")
     parser.add_argument("--processes", type=int, help="that share the measuring; one for each GPU if left out")
     parser.add_argument("--text", type=Path, help="folder of text; installed Python packages if left out")
-    parser.add_argument("--text-mib", type=float, default=64, help="most text to read")
-    parser.add_argument("--work", type=Path, default=Path("paper-work"))
-    parser.add_argument("--results", type=Path, default=HERE / "results")
-    return parser.parse_known_args()
+    parser.add_argument("--text-mib", type=float, help="most text to read; 64, or 1 if tiny")
+    parser.add_argument("--tiny", action="store_true", help="models for trying things out on a CPU")
+    parser.add_argument("--work", type=Path, help="paper-work, or paper-work-tiny, if left out")
+    parser.add_argument("--results", type=Path, help="results beside this file, or in the work folder if tiny")
+    options, passed = parser.parse_known_args()
+    settle(options, Path("paper-work"), HERE / "results")
+    return options, passed + text_of(options)
+
+
+def settle(options: argparse.Namespace, work: Path, results: Path) -> None:
+    """Fill in what was left out: a trial on tiny models has places of its own, away from what is published."""
+    options.text_mib = options.text_mib or _corpus.TEXT_MIB[options.tiny]
+    options.work = options.work or (work.with_name(f"{work.name}-tiny") if options.tiny else work)
+    options.results = options.results or (options.work / "results" if options.tiny else results)
+
+
+def text_of(options: argparse.Namespace) -> list[str]:
+    """What the processes that train must be told, too."""
+    text = ["--text", str(options.text)] if options.text else []
+    return ["--text-mib", str(options.text_mib), *text, *(["--tiny"] if options.tiny else [])]
 
 
 def main() -> int:
@@ -64,6 +83,7 @@ def main() -> int:
     def say(text: str) -> None:
         print(f"[{time.perf_counter() - started:4.0f} s] {text}", flush=True)
 
+    there = {name: is_trained(name, options, passed) for name in options.variants}
     _corpus.prepare(options.work / "corpus", options.text_mib, options.text)
     say("text is there")
     gpus = torch.cuda.device_count()
@@ -74,7 +94,7 @@ def main() -> int:
     def one(name: str) -> bool:
         gpu = free.get()
         try:
-            done = train(name, options, passed, gpu)
+            done = there[name] or train(name, options, passed, gpu)
         finally:
             free.put(gpu)
         say(f"{name}: {'trained' if done else f'failed; see {log_of(options, name)}'}")
@@ -83,7 +103,7 @@ def main() -> int:
     with ThreadPoolExecutor(max(1, gpus)) as pool:
         trained = [name for name, done in zip(options.variants, pool.map(one, options.variants), strict=True) if done]
     for name in trained:
-        keep(options.work / "checkpoints" / name, options.results / name, KEPT)
+        keep(folder_of(name, options), options.results / name, KEPT)
     if trained and options.targets:
         if not measure(trained, options, options.processes or max(1, gpus)):
             say(f"measuring failed; see {log_of(options, 'reproduce')}")
@@ -92,16 +112,30 @@ def main() -> int:
     return int(len(trained) < len(options.variants))
 
 
+def is_trained(name: str, options: argparse.Namespace, passed: list[str]) -> bool:
+    """Whether a model is there, as it is asked for; see `is_there`."""
+    asked = choices_of(parse_training(arguments_of(name, options, passed)))
+    return is_there(folder_of(name, options) / "training.json", asked)  # written last
+
+
 def train(name: str, options: argparse.Namespace, passed: list[str], gpu: int | None) -> bool:
     """Train a model in a process of its own, on one GPU."""
-    folder = options.work / "checkpoints" / name
-    if (folder / "training.json").exists():  # written last
-        return True
-    family, norms = VARIANTS[name]
-    arguments = ["--family", family, "--norms", norms, "--seconds", options.seconds, "-o", folder]
-    command = [sys.executable, HERE / "train.py", *arguments, "--corpus", options.work / "corpus", *passed]
+    command = [sys.executable, HERE / "train.py", *arguments_of(name, options, passed)]
     environment = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": visible(gpu)}
     return call(command, log_of(options, name), environment)
+
+
+def arguments_of(name: str, options: argparse.Namespace, passed: list[str]) -> list[str]:
+    """What train.py is told."""
+    family, norms = VARIANTS[name]
+    arguments = ["--family", family, "--norms", norms, "--seconds", options.seconds]
+    arguments += ["--corpus", options.work / "corpus", "-o", folder_of(name, options)]
+    return [*map(str, arguments), *passed]
+
+
+def folder_of(name: str, options: argparse.Namespace) -> Path:
+    """The checkpoint of a model."""
+    return options.work / "checkpoints" / name
 
 
 def visible(gpu: int) -> str:
@@ -113,7 +147,7 @@ def visible(gpu: int) -> str:
 def measure(names: list[str], options: argparse.Namespace, processes: int) -> bool:
     """Make the targets on all models together, so that each figure shows them side by side."""
     folder = options.work / "reproduced"
-    models = [part for name in names for part in ("--model", options.work / "checkpoints" / name)]
+    models = [part for name in names for part in ("--model", folder_of(name, options))]
     lengths = [part for length in options.lengths for part in ("--length", length)]
     arguments = ["reproduce", *options.targets, *models, *lengths, "--samples", options.prompts]
     arguments += ["--task", "kvpr", "--no-pictures", "-o", folder]

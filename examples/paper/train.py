@@ -35,8 +35,8 @@ JUDGED_PAIRS = (2, 5, 9)
 """Pairs of the samples that retrieval is judged by; 5 are 282 tokens, 9 are 462."""
 
 
-def parse() -> argparse.Namespace:
-    """Read the command line."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line, or these arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=FAMILIES, default="transformer")
     parser.add_argument("--norms", choices=("trained", "frozen", "none"), default="trained", help="of the transformer")
@@ -49,15 +49,26 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--corpus", type=Path, default=Path("corpus"), help="folder of the tokens; made if missing")
     parser.add_argument("--text", type=Path, help="folder of text; installed Python packages if left out")
-    parser.add_argument("--text-mib", type=float, default=64, help="most text to read, when the corpus is made")
+    parser.add_argument("--text-mib", type=float, help="most text to read, when the corpus is made; 64, or 1 if tiny")
     parser.add_argument("--tiny", action="store_true", help="a model for trying things out on a CPU")
     parser.add_argument("-o", "--out", type=Path, help="folder of the checkpoint; checkpoints/VARIANT if left out")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.norms != "trained" and options.family != "transformer":
         parser.error("--norms: expected 'trained' for ssm and hybrid: the check is of the transformer")
     options.out = options.out or Path("checkpoints") / variant_name(options.family, options.norms)
     options.learning_rate = options.learning_rate or LEARNING_RATES[options.norms]
+    options.text_mib = options.text_mib or _corpus.TEXT_MIB[options.tiny]
     return options
+
+
+def choices_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What decides the model and how it is judged, besides its family, as plain values."""
+    names = ("norms", "rows", "learning_rate", "every", "seed", "tiny", "steps", "text_mib")
+    seconds = None if options.steps else options.seconds
+    return {name: getattr(options, name) for name in names} | {
+        "seconds": seconds,
+        "evaluation_samples": options.samples,
+    }
 
 
 def main() -> None:
@@ -128,10 +139,9 @@ def save(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "tokens": found["steps"] * options.rows * TOKENS,
     }
-    choices = {name: getattr(options, name) for name in ("norms", "rows", "learning_rate", "every", "seed", "tiny")}
-    choices |= {
+    choices = choices_of(options) | {
         "row_tokens": TOKENS, "most_pairs_until_share": [list(entry) for entry in CURRICULUM],
-        "evaluation_seed": EVALUATION_SEED, "evaluation_samples": options.samples,
+        "evaluation_seed": EVALUATION_SEED,
         "precision": "bfloat16 autocast" if torch.cuda.is_available() else "float32",
         "corpus": json.loads((options.corpus / "corpus.json").read_text()),
     }  # fmt: skip

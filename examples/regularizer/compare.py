@@ -6,7 +6,7 @@ A pilot of each family tells how many steps these seconds are; all its models tr
 regularizer come first: the target of the others is a share of the similarity that they end with. As many models train
 at once as there are GPUs. The results folder gets runs.csv, one row for each model and context length; similarity.csv,
 the similarity by depth and step of each; and summary.csv, means and standard deviations over seeds. A model whose
-result is there already is not trained again.
+result is there already is not trained again; one that was made with other options is not taken for it.
 """
 
 import argparse
@@ -25,14 +25,17 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "paper"))
 
 import _corpus
 import torch
-from regularize import PARTS
-from run import call, visible
+from _kept import is_there
+from regularize import PARTS, choices_of
+from regularize import parse as parse_one
+from run import call, settle, text_of, visible
 
 HERE = Path(__file__).resolve().parent
 FAMILIES = ("ssm", "hybrid", "transformer")
 """The slowest to compile first."""
-STRENGTHS = {"pilot": "none", "without": "none", "with": "controlled"}
-"""By arm."""
+_PLACES = ("corpus", "out")
+_UNUSED = ("target", "maximum")
+"""Choices that mean nothing without the regularizer."""
 
 Row = dict[str, Any]
 
@@ -54,7 +57,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     """Read the command line; what is not known here is for regularize.py."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Further options are passed on to regularize.py, such as --maximum 0.5 or --tiny.",
+        epilog="Further options are passed on to regularize.py, such as --maximum 0.5 or --rows 16.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -64,10 +67,13 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--steps", type=int, help="optimizer steps instead; no pilots are trained")
     parser.add_argument("--share", type=float, default=0.5, help="of the similarity without: the target with")
     parser.add_argument("--text", type=Path, help="folder of text; installed Python packages if left out")
-    parser.add_argument("--text-mib", type=float, default=64, help="most text to read")
-    parser.add_argument("--work", type=Path, default=Path("regularizer-work"))
-    parser.add_argument("--results", type=Path, default=HERE / "results")
-    return parser.parse_known_args()
+    parser.add_argument("--text-mib", type=float, help="most text to read; 64, or 1 if tiny")
+    parser.add_argument("--tiny", action="store_true", help="models for trying things out on a CPU")
+    parser.add_argument("--work", type=Path, help="regularizer-work, or regularizer-work-tiny, if left out")
+    parser.add_argument("--results", type=Path, help="results beside this file, or in the work folder if tiny")
+    options, passed = parser.parse_known_args()
+    settle(options, Path("regularizer-work"), HERE / "results")
+    return options, passed + text_of(options)
 
 
 def main() -> int:
@@ -92,20 +98,24 @@ def main() -> int:
 
 
 def train(runs: list[Run], options: argparse.Namespace, arguments: Callable[[Run], list[object]]) -> list[Run]:
-    """Train models in processes of their own, as many at once as there are GPUs; those that ended well."""
+    """Train models in processes of their own, as many at once as there are GPUs; those that ended well.
+
+    Raises:
+        SystemExit: one is there that was made with other options.
+    """
+    told = {run: arguments_of(run, options, arguments(run)) for run in runs}
+    there = {run: is_trained(run, options, told[run]) for run in runs}
     gpus = torch.cuda.device_count()
     free: Queue[int | None] = Queue()
     for gpu in range(gpus) if gpus else [None]:
         free.put(gpu)
 
     def one(run: Run) -> bool:
-        folder, log = options.work / str(run), options.work / "logs" / f"{run}.log"
-        if (folder / "result.json").exists():  # written last
+        if there[run]:
             return True
-        about = ["--family", run.family, "--strength", STRENGTHS[run.arm], "--seed", run.seed, "-o", folder]
-        command = [sys.executable, HERE / "regularize.py", "--corpus", options.work / "corpus", *arguments(run), *about]
-        gpu = free.get()
+        log, gpu = options.work / "logs" / f"{run}.log", free.get()
         try:
+            command = [sys.executable, HERE / "regularize.py", *told[run]]
             done = call(command, log, {} if gpu is None else {"CUDA_VISIBLE_DEVICES": visible(gpu)})
         finally:
             free.put(gpu)
@@ -114,6 +124,20 @@ def train(runs: list[Run], options: argparse.Namespace, arguments: Callable[[Run
 
     with ThreadPoolExecutor(max(1, gpus)) as pool:
         return [run for run, done in zip(runs, pool.map(one, runs), strict=True) if done]
+
+
+def arguments_of(run: Run, options: argparse.Namespace, arguments: list[object]) -> list[str]:
+    """What regularize.py is told; of the regularizer what was passed on, but for the models without it."""
+    strength = [] if run.arm == "with" else ["--strength", "none"]
+    about = ["--family", run.family, "--seed", run.seed, "-o", options.work / str(run)]
+    return [str(part) for part in ("--corpus", options.work / "corpus", *arguments, *strength, *about)]
+
+
+def is_trained(run: Run, options: argparse.Namespace, arguments: list[str]) -> bool:
+    """Whether a model is there, as it is asked for; see `is_there`."""
+    of_no_matter = _PLACES if run.arm == "with" else _PLACES + _UNUSED
+    asked = {name: value for name, value in choices_of(parse_one(arguments)).items() if name not in of_no_matter}
+    return is_there(options.work / str(run) / "result.json", asked)  # written last
 
 
 def result_of(options: argparse.Namespace, run: Run) -> dict[str, Any]:

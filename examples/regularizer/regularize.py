@@ -34,8 +34,8 @@ CHOSEN = {"transformer": ("early",), "ssm": ("late",), "hybrid": ("early", "late
 """Where the paper sees tokens become alike: early in transformers, late in state-space models."""
 
 
-def parse() -> argparse.Namespace:
-    """Read the command line."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line, or these arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=FAMILIES, default="transformer")
     parser.add_argument("--strength", default="controlled", help="'none', 'controlled', or a number for a fixed λ")
@@ -50,10 +50,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=512, help="that retrieval is judged by")
     parser.add_argument("--corpus", type=Path, default=Path("corpus"), help="folder of the tokens; made if missing")
     parser.add_argument("--text", type=Path, help="folder of text; installed Python packages if left out")
-    parser.add_argument("--text-mib", type=float, default=64, help="most text to read, when the corpus is made")
+    parser.add_argument("--text-mib", type=float, help="most text to read, when the corpus is made; 64, or 1 if tiny")
     parser.add_argument("--tiny", action="store_true", help="a model for trying things out on a CPU")
     parser.add_argument("-o", "--out", type=Path, required=True)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    options.text_mib = options.text_mib or _corpus.TEXT_MIB[options.tiny]
     options.layers = options.layers or list(CHOSEN[options.family])
     if options.strength not in ("none", "controlled"):
         try:
@@ -61,6 +62,11 @@ def parse() -> argparse.Namespace:
         except ValueError:
             parser.error(f"--strength: expected 'none', 'controlled' or a number, got {options.strength!r}")
     return options
+
+
+def choices_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Every choice, as plain values."""
+    return {key: value if not isinstance(value, Path) else value.name for key, value in vars(options).items()}
 
 
 def main() -> None:
@@ -100,8 +106,7 @@ def main() -> None:
     write_curve(options.out / "loss.csv", curve)
     write_similarity(options.out)
     taken = {"steps": clock.done, "seconds": clock.elapsed(), "tokens": clock.done * options.rows * TOKENS}
-    choices = {key: value if not isinstance(value, Path) else value.name for key, value in vars(options).items()}
-    found = {"name": name, **taken, **judged, "regularizer": strength, "choices": choices}
+    found = {"name": name, **taken, **judged, "regularizer": strength, "choices": choices_of(options)}
     (options.out / "result.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(f"{name}: text {judged['text']['nats_per_token']:.3f} nats per token after {clock.done} steps")
 

@@ -12,12 +12,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from repflow.monitor.offline import OfflineError
-from repflow.monitor.offline.parts import Part, PartStore, read_manifest
+from repflow.monitor.offline.parts import SAMPLES, UNREADABLE, Part, PartStore, read_manifest
 from repflow.monitor.offline.tasks_length import EncodedSamples
 from repflow.monitor.snapshot import Snapshot
 from repflow.monitor.sum_layout import SumLayout
+from repflow.monitor.warning import warn
 
-_SAMPLES = "samples.pt"
 _COLUMNS = ("labels", "positions", "contexts", "tokens")
 
 
@@ -43,7 +43,7 @@ class Extraction:
         """Read a folder.
 
         Raises:
-            OfflineError: it holds no extraction, or one that is not finished.
+            OfflineError: it holds no extraction, or one that is not finished, or damaged.
         """
         manifest = read_manifest(folder)
         parts = PartStore(folder, manifest["key"]["parts"]).whole()
@@ -54,8 +54,7 @@ class Extraction:
         snapshot = Snapshot.from_sums(
             total, num_states=layout.num_states, step=0, stream=manifest["key"]["stream"], overhead_ms=0.0
         )
-        columns = torch.load(folder / _SAMPLES, weights_only=True)
-        labels, positions, contexts, tokens = (columns[name].numpy() for name in _COLUMNS)
+        labels, positions, contexts, tokens = _read_samples(folder)
         choices = manifest["key"] | manifest["about"]
         choices["forward_tokens"] = min(part.forward_tokens for part in parts)  # less than a batch: memory ran out
         return cls(folder, snapshot, labels, positions, contexts, tokens, choices, parts)
@@ -85,4 +84,15 @@ def save_samples(folder: Path, samples: EncodedSamples) -> None:
     columns = (samples.labels, samples.positions, samples.contexts, lengths)
     partial = folder / "samples.partial"
     torch.save(dict(zip(_COLUMNS, map(torch.from_numpy, map(np.ascontiguousarray, columns)), strict=True)), partial)
-    os.replace(partial, folder / _SAMPLES)
+    os.replace(partial, folder / SAMPLES)
+
+
+def _read_samples(folder: Path) -> list[Int64[np.ndarray, " N"]]:
+    """What `save_samples` kept."""
+    try:
+        columns = torch.load(folder / SAMPLES, weights_only=True)
+        return [columns[name].numpy() for name in _COLUMNS]
+    except UNREADABLE as error:
+        told = f"{folder / SAMPLES} is damaged ({type(error).__name__})"
+        warn(f"{told}; it is written again when the extraction is started again")
+        raise OfflineError(f"{told}: expected the labels of the samples; start the extraction again") from error

@@ -21,7 +21,7 @@ from repflow.monitor.offline.loading import LoadedModel
 from repflow.monitor.offline.memory import free_memory, is_out_of_memory
 from repflow.monitor.offline.parts import Part, PartStore, check_folder, prepare_folder
 from repflow.monitor.offline.processes import Processes, shared_processes
-from repflow.monitor.offline.progress import ExtractionProgress
+from repflow.monitor.offline.progress import WorkProgress
 from repflow.monitor.offline.recorder import OFFLINE_METRICS, Measured, StateRecorder
 from repflow.monitor.offline.tasks_length import EncodedSamples
 from repflow.monitor.warning import warn
@@ -175,7 +175,7 @@ class _Run:
         tokens = {number: sum(len(self.samples.ids[index]) for index in self.batches[number]) for number in mine}
         label = self.loaded.name if processes.world == 1 else f"{self.loaded.name}, process 1 of {processes.world}"
         before = sum(count for number, count in tokens.items() if number in done)
-        with ExtractionProgress(console if not processes.rank else None, label, sum(tokens.values()), before) as bar:
+        with WorkProgress(console if not processes.rank else None, label, sum(tokens.values()), before) as bar:
             for number, part in self._measured(number for number in mine if number not in done):
                 self.store.write(number, part)
                 bar.advance(part.tokens)

@@ -1,5 +1,6 @@
 """Weights drawn anew, and what else the paper's appendix C changes in a model: its norms and its embedding's scale."""
 
+import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -37,10 +38,11 @@ class Initialisation:
 
     scheme: Scheme = "gaussian"
     """Of parameters with two dimensions or more. `default`: as transformers draws them. `gaussian`: N(0, .02).
-    `xavier`, `kaiming`: `xavier_uniform_` and `kaiming_uniform_` of torch with their defaults."""
+    `xavier`, `kaiming`: `xavier_uniform_` and `kaiming_uniform_` of torch with their defaults, of a `Conv1D` of
+    transformers, which keeps `[in, out]`, with its fans in their right order."""
     policy: VectorPolicy = "scheme"
-    """Of biases and norm affines. `default`: as transformers has them. `trivial`: norms 1 and 0, biases 0. `scheme`:
-    N(0, .02) under every scheme."""
+    """Of biases and norm affines. `default`: as transformers has them. `trivial`: norms 1 and 0 (see
+    `neutral_affine`), biases 0. `scheme`: N(0, .02) under every scheme."""
     embeddings: Drawn = "scheme"
     """Whether token embeddings follow the scheme."""
     positions: Drawn = "scheme"
@@ -89,18 +91,22 @@ def initialise(model: nn.Module, choice: Initialisation) -> dict[str, int]:
 
     Returns:
         How many parameters (numbers) there are of each role.
+
+    Raises:
+        OfflineError: the policy is `trivial`, and there is a norm of which this cannot be told.
     """
     draw, generators, drawn = _DRAWS[choice.scheme], _Generators(choice.seed), drawn_roles(choice)
     counts: Counter[str] = Counter()
     for name, module in model.named_modules():
+        trivial = neutral_affine(module) if choice.policy == "trivial" and _is_norm(module) else {}
         for leaf, parameter in module.named_parameters(recurse=False):
             role = role_of(module, f"{name}.{leaf}" if name else leaf, parameter)
             counts[role] += parameter.numel()
             if role in VECTOR_ROLES:
-                trivial = 1.0 if role == "norm" and leaf == "weight" else 0.0
-                _set_vector(parameter, trivial, choice.policy, generators.of(parameter, "vector"))
+                _set_vector(parameter, trivial.get(leaf, 0.0), choice.policy, generators.of(parameter, "vector"))
             elif role in drawn:
-                draw(parameter, generators.of(parameter, "matrix"))
+                outputs_first = parameter.T if _is_transposed(module) else parameter
+                draw(outputs_first, generators.of(parameter, "matrix"))
     return dict(counts)
 
 
@@ -143,15 +149,77 @@ def _is_norm(module: nn.Module) -> bool:
     return "Norm" in type(module).__name__
 
 
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether it is the `Conv1D` of transformers, a linear layer whose weight is `[in, out]`, as GPT-2 has."""
+    return type(module).__name__ == "Conv1D"
+
+
+@torch.no_grad()
+def neutral_affine(norm: nn.Module) -> dict[str, float]:
+    """The values at which the affine parameters of a norm do nothing: "1 and 0" of a policy and of figure 6.
+
+    0 for a bias. 1 for a weight, or 0 where the norm scales by 1 + weight, as in Gemma: its output at weight 0 tells,
+    which is 0 in a norm that scales by the weight alone.
+
+    Args:
+        norm: is left as it was.
+
+    Raises:
+        OfflineError: it scales in some other way, or cannot be called by itself.
+    """
+    own = dict(norm.named_parameters(recurse=False))
+    scales = [name for name in own if name != "bias"]
+    if not scales or type(norm) in _SCALED_BY_WEIGHT:
+        return {name: float(name in scales) for name in own}
+    kept = {name: parameter.clone() for name, parameter in own.items()}
+    try:
+        at_zero, at_two = (_output(norm, own[scales[0]], dict.fromkeys(scales, value)) for value in (0.0, 2.0))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a norm of someone else raises
+        raise _unknown_scale(norm, f"it cannot be called by itself ({error})") from error
+    finally:
+        for name, parameter in own.items():
+            parameter.copy_(kept[name])
+    if bool((at_zero == 0).all()):
+        neutral = 1.0
+    elif torch.allclose(at_two, 3 * at_zero, rtol=0.02, atol=1e-4):
+        neutral = 0.0
+    else:
+        raise _unknown_scale(norm, f"it scales neither by {scales[0]} nor by 1 + {scales[0]}")
+    return {name: neutral if name in scales else 0.0 for name in own}
+
+
+_SCALED_BY_WEIGHT = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d)
+"""Not what is derived from them."""
+
+
+def _output(norm: nn.Module, like: Tensor, values: dict[str, float]) -> Tensor:
+    """What a norm makes of some token, at these values of its affine parameters and 0 of its biases."""
+    for name, parameter in norm.named_parameters(recurse=False):
+        parameter.fill_(values.get(name, 0.0))
+    token = torch.linspace(-1.0, 2.0, like.numel(), device=like.device).to(like.dtype).view(1, 1, *like.shape)
+    gate = {"gate": torch.ones_like(token)} if "gate" in inspect.signature(norm.forward).parameters else {}
+    return norm.forward(token, **gate).float()  # not called: hooks are for the model's own tokens
+
+
+def _unknown_scale(norm: nn.Module, reason: str) -> OfflineError:
+    return OfflineError(
+        f"{type(norm).__name__}: expected a norm whose affine parameters can be brought to 1 and 0, and {reason}; "
+        "leave out the policy 'trivial' and figure 6"
+    )
+
+
 @contextmanager
 def norms_as(model: nn.Module, variant: NormVariant) -> Iterator[int]:
     """The model with its norms as they are, switched off, or with their affine parameters at 1 and 0 (figure 6).
 
     Switched off, a norm returns what it takes; one that gates, as in Mamba-2, returns it times SiLU of the gate. All
-    norms of the model are meant, the final one too. Gives the number of norms that are changed.
+    norms of the model are meant, the final one too. Gives the number of norms that are changed. For 1 and 0 see
+    `neutral_affine`.
 
     Raises:
-        OfflineError: an unknown variant.
+        OfflineError: an unknown variant, or a norm whose parameters cannot be brought to 1 and 0.
     """
     if variant not in get_args(NormVariant):
         raise OfflineError(f"norms: expected one of {', '.join(get_args(NormVariant))}, got {variant!r}")
@@ -162,8 +230,8 @@ def norms_as(model: nn.Module, variant: NormVariant) -> Iterator[int]:
             if variant == "disabled":
                 norm.forward = _pass_on
             else:
-                for name, parameter in norm.named_parameters():
-                    parameter.data.fill_(0.0 if name == "bias" else 1.0)
+                for name, value in neutral_affine(norm).items():
+                    norm.get_parameter(name).data.fill_(value)
         yield len(norms)
     finally:
         for norm, values in zip(norms, kept, strict=True):

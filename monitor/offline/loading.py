@@ -35,6 +35,8 @@ class LoadedModel:
     """Where its input goes."""
     weights: str
     """`pretrained`, or `random` where they were drawn from the configuration."""
+    revision: str | None = None
+    """The commit on the hub; None for what is not from there."""
 
     @property
     def window(self) -> int | None:
@@ -62,7 +64,7 @@ class LoadedModel:
         return {
             "model": self.name,
             "model_class": type(self.model).__name__,
-            "revision": getattr(self.config, "_commit_hash", None),
+            "revision": self.revision,
             "weights": self.weights,
             "dtypes": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in self.model.parameters()}),
             "device": self.device.type,
@@ -83,8 +85,8 @@ def load_model(
     """The model that `name` stands for, without its head, in evaluation mode.
 
     Args:
-        name: `owner/name` on the hub, a folder with a checkpoint, or one of `PAPER_MODELS`; with `init` also a JSON
-            file with a configuration.
+        name: `owner/name` on the hub, or a name alone that it knows, such as `gpt2`; a folder with a checkpoint; or one
+            of `PAPER_MODELS`; with `init` also a JSON file with a configuration.
         init: take the configuration alone, and the weights that transformers draws for it.
         seed: of these weights.
         dtype: of the weights; that of the checkpoint if None, and float32 with `init`.
@@ -109,6 +111,8 @@ def load_model(
                 "--device-map: expected a checkpoint to spread over devices, without --init and --device"
             )
     where = local_device() if device is None else torch.device(device)
+    commit = commit_of(name, revision, init=init)
+    revision = commit or revision  # all files of one commit, wherever a branch moves meanwhile
     if init:
         config = load_config(name, revision)
         model = _drawn(name, config, seed, dtype or torch.float32, where)
@@ -119,7 +123,25 @@ def load_model(
         model = model.to(where)
     else:
         where = _input_device(model)
-    return LoadedModel(name, model.eval(), config, where, "random" if init else "pretrained")
+    return LoadedModel(name, model.eval(), config, where, "random" if init else "pretrained", commit)
+
+
+def commit_of(name: str, revision: str | None = None, *, init: bool = False, file: str = "config.json") -> str | None:
+    """The commit on the hub that `name` stands for now: what tells a branch that moved from what it was.
+
+    `file` is one that must be there. Without a network it is that of the cache. None for a folder, for what is not to
+    be had, and with `init` for one of `PAPER_MODELS`, whose configuration is here.
+    """
+    require("transformers")
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    if Path(name).exists() or (init and name.lower() in PAPER_MODELS):
+        return None
+    try:
+        with _quiet():
+            return extract_commit_hash(cached_file(hub_name(name), file, revision=revision), None)
+    except Exception:  # of a dozen kinds; what loads the model says what is wrong with its name
+        return None
 
 
 def load_config(name: str, revision: str | None = None) -> Any:
@@ -149,7 +171,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     _check_place(name)
     try:
         with _quiet():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(_hub_name(name), revision=revision)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(hub_name(name), revision=revision)
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes where there are no files
             raise ValueError("it has no tokens")
     except Exception as error:
@@ -196,7 +218,7 @@ def _pretrained(name: str, revision: str | None, dtype: Any, device_map: Any) ->
     _check_place(name)
     check_weights(name)
     options = {"dtype": dtype, "device_map": device_map, "revision": revision, "output_loading_info": True}
-    model, found = _attempt(name, lambda: transformers.AutoModel.from_pretrained(_hub_name(name), **options))
+    model, found = _attempt(name, lambda: transformers.AutoModel.from_pretrained(hub_name(name), **options))
     if missing := sorted(found["missing_keys"]):
         raise OfflineError(
             f"{name}: expected a whole checkpoint of {type(model).__name__}, found none of {len(missing)} parameters, "
@@ -220,7 +242,8 @@ def _input_device(model: Any) -> torch.device:
     return torch.device(next((place for place in places if place != "cpu"), "cpu"))
 
 
-def _hub_name(name: str) -> str:
+def hub_name(name: str) -> str:
+    """The name on the hub: of the paper's models the configuration is here, the weights are there."""
     paper = PAPER_MODELS.get(name.lower())
     return paper.hub if paper else name
 
@@ -232,12 +255,16 @@ def _check_place(name: str) -> None:
         raise OfflineError(f"{name}: expected a folder with a model, found no config.json in it")
     if path.is_file() and not _is_config(path):
         raise OfflineError(f"{name}: expected a folder with a model, or a JSON file with a configuration")
-    is_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
-    if not path.exists() and is_path and name.lower() not in PAPER_MODELS:
-        raise OfflineError(
-            f"{name}: expected a folder with a model, owner/name on the Hugging Face hub, or one of "
-            f"{', '.join(PAPER_MODELS)}; found nothing there"
-        )
+    is_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if not path.exists() and is_path:
+        raise OfflineError(f"{_expected(name)}; found nothing there")
+
+
+def _expected(name: str) -> str:
+    return (
+        f"{name}: expected a folder with a model, owner/name on the Hugging Face hub or a name alone that it knows, "
+        f"such as gpt2, or one of {', '.join(PAPER_MODELS)}"
+    )
 
 
 def _is_config(path: Path) -> bool:
@@ -255,7 +282,9 @@ def _attempt(name: str, call: Callable[[], _Found]) -> _Found:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise OfflineError(f"{name}: could not be loaded: {type(error).__name__}: {_line(error)}") from error
+        cause = f"could not be loaded: {type(error).__name__}: {_line(error)}"
+        misspelt = "/" not in name and not Path(name).exists() and name.lower() not in PAPER_MODELS
+        raise OfflineError(f"{_expected(name)}; it {cause}" if misspelt else f"{name}: {cause}") from error
 
 
 @contextmanager

@@ -15,6 +15,10 @@ from repflow.monitor.offline import OfflineError
 from repflow.monitor.warning import warn
 
 _MANIFEST = "extraction.json"
+SAMPLES = "samples.pt"
+"""What is known of the samples, but for their tokens."""
+UNREADABLE = (RuntimeError, OSError, EOFError, TypeError, ValueError, LookupError, AttributeError, pickle.PickleError)
+"""What reading a damaged file raises."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,8 @@ class Part:
 def prepare_folder(folder: Path, key: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """Make a folder for an extraction, or see that it is the folder of this one.
 
+    Where the file is damaged that tells what the parts are of, they are removed, and that is said.
+
     Args:
         folder: may be there.
         key: says what is extracted, in plain values.
@@ -44,14 +50,33 @@ def prepare_folder(folder: Path, key: Mapping[str, Any], about: Mapping[str, Any
     Raises:
         OfflineError: the folder holds something else.
     """
+    _remove_unknown(folder)
     if not (folder / _MANIFEST).exists():
         folder.mkdir(parents=True, exist_ok=True)
         if any(file.suffix != ".partial" for file in folder.iterdir()):
             raise OfflineError(f"{folder}: expected an empty folder, or one with an {_MANIFEST}; name another")
         partial = (folder / _MANIFEST).with_suffix(".partial")
-        partial.write_text(json.dumps({"key": key, "about": about}, indent=2, ensure_ascii=False), "utf-8")
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump({"key": key, "about": about}, file, indent=2, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, folder / _MANIFEST)
     check_folder(folder, key)
+
+
+def _remove_unknown(folder: Path) -> None:
+    """Remove the parts of an extraction whose manifest is damaged."""
+    if not (folder / _MANIFEST).exists():
+        return
+    try:
+        _manifest_in(folder)
+    except _DAMAGED as error:
+        warn(
+            f"{folder / _MANIFEST} is damaged ({type(error).__name__}), and what was measured there is not known any "
+            "more: the extraction starts anew"
+        )
+        for path in (*folder.glob(f"{'[0-9]' * 6}.pt"), folder / SAMPLES, folder / _MANIFEST):  # the last one last
+            path.unlink(missing_ok=True)
 
 
 def check_folder(folder: Path, key: Mapping[str, Any]) -> None:
@@ -76,12 +101,27 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         OfflineError: there is none.
     """
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        return {"key": dict(manifest["key"]), "about": dict(manifest["about"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _manifest_in(folder)
+    except OSError as error:
         raise OfflineError(
-            f"{folder}: expected the folder of an extraction, found no {_MANIFEST} that reads"
+            f"{folder}: expected the folder of an extraction, found no {_MANIFEST} ({error.strerror})"
         ) from error
+    except _DAMAGED as error:
+        raise OfflineError(
+            f"{folder}: expected the folder of an extraction, found a damaged {_MANIFEST} ({type(error).__name__}). "
+            "Start the extraction again, or remove the folder: it is measured anew"
+        ) from error
+
+
+_DAMAGED = (ValueError, KeyError, TypeError)
+
+
+def _manifest_in(folder: Path) -> dict[str, Any]:
+    manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    key, about = dict(manifest["key"]), dict(manifest["about"])
+    if missing := {"parts", "stream", "num_states"} - key.keys():
+        raise KeyError(*missing)
+    return {"key": key, "about": about}
 
 
 class PartStore:
@@ -137,7 +177,7 @@ class PartStore:
         try:
             # Mapped, not read: of the features only the layers that are asked for are ever in memory.
             return Part(**torch.load(path, mmap=True, weights_only=True))
-        except (RuntimeError, OSError, EOFError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        except UNREADABLE as error:
             warn(f"{path} is damaged ({type(error).__name__}); the batch is measured again")
             path.unlink(missing_ok=True)  # other processes find it too
             return None

@@ -10,11 +10,14 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
+from repflow.monitor.config import StatesConvention
 from repflow.monitor.offline import OfflineError
 from repflow.monitor.offline.memory import free_memory, is_out_of_memory
 from repflow.monitor.offline.probe_split import released_split, stratified_group_split
 
 Protocol = Literal["paper", "released"]
+STATES: dict[str, StatesConvention] = {"paper": "residual", "released": "hf"}
+"""Where the last layer of each protocol is: before the final norm, or after it."""
 _CHUNK_BYTES = 16 * 2**30  # of features in float32, all at once
 _LOGIT_COPIES = 6  # that a step of training holds
 
@@ -54,8 +57,9 @@ class ProbeOptions:
     def of(cls, protocol: Protocol, **changes: Any) -> "ProbeOptions":
         """The options of a protocol, but for `changes`.
 
-        `paper`: as the paper says where it says it. `released`: as the code that it builds on does, whose last layer,
-        besides, is the one after the final norm (`states="hf"`).
+        `paper`: as the paper says where it says it. `released`: as the code that it builds on does. What else it has
+        of its own is decided where features are extracted: its last layer is the one after the final norm (`STATES`),
+        and its samples show each context at every position (`AbstractTask.crossed`).
 
         Raises:
             OfflineError: an unknown protocol.
@@ -71,11 +75,14 @@ class ProbeResult:
     """Accuracy of the probes on the samples that they were judged by."""
 
     accuracy: Float64[Tensor, "S seeds"]
-    chance: float
-    """Accuracy of always naming the class that is most frequent there, mean over seeds."""
     classes: int
     choices: dict[str, Any]
     """Every choice, as plain values."""
+
+    @property
+    def chance(self) -> float:
+        """1 / C, the accuracy of guessing, whatever classes the samples of validation are of."""
+        return 1 / self.classes
 
     @property
     def mean(self) -> Float64[Tensor, " S"]:
@@ -85,7 +92,7 @@ class ProbeResult:
     @property
     def spread(self) -> Float64[Tensor, " S"]:
         """Standard deviation over seeds (n − 1); NaN for a single one."""
-        return self.accuracy.std(1)
+        return self.accuracy.std(1) if self.accuracy.shape[1] > 1 else torch.full_like(self.mean, torch.nan)
 
     @property
     def peak(self) -> int:
@@ -147,9 +154,14 @@ def train_probes(
             accuracy += found.cpu().unbind()
     return ProbeResult(
         torch.stack(accuracy),
-        float(np.mean([np.bincount(labels[split]).max() / split.sum() for split in splits])),
         problem.classes,
-        asdict(options) | {"samples": len(labels), "label": "gold position", "device": place.type},
+        asdict(options)
+        | {
+            "samples": len(labels),
+            "contexts": len(np.unique(contexts)),
+            "label": "gold position",
+            "device": place.type,
+        },
     )
 
 

@@ -1,7 +1,7 @@
 """`repflow tasks`: what the tasks look like for a tokenizer, as text."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -60,14 +60,15 @@ class TaskChoices:
             )
 
 
-def make_task(
-    name: str, *, seed: int = 0, classes: int | None = None, data: Path | None = None
-) -> Callable[[int], AbstractTask]:
-    """From a number of items to the task of this name."""
+def make_task(name: str, *, seed: int = 0, data: Path | None = None) -> Callable[[int], AbstractTask]:
+    """From a number of items to the task of this name.
+
+    Classes are not among what it is made from: to find the number of items, tasks of two items are looked at too.
+    """
     if name == "kvpr":
-        return lambda items: KeyValueRetrieval(items=items, seed=seed, classes=classes)
+        return lambda items: KeyValueRetrieval(items=items, seed=seed)
     questions = load_questions(data)
-    return lambda items: MultiDocumentQA(questions, items=items, seed=seed, classes=classes)
+    return lambda items: MultiDocumentQA(questions, items=items, seed=seed)
 
 
 def show_tasks(choices: TaskChoices, console: Console) -> None:
@@ -78,9 +79,9 @@ def show_tasks(choices: TaskChoices, console: Console) -> None:
     """
     encoder, window = (None, None) if choices.tokenizer is None else _encoder(choices.tokenizer)
     for name in choices.tasks:
-        make = make_task(name, seed=choices.seed, classes=choices.classes, data=choices.data)
+        make = make_task(name, seed=choices.seed, data=choices.data)
         if choices.items is not None:
-            _show(make(choices.items), encoder, choices, console)
+            _show(replace(make(choices.items), classes=choices.classes), encoder, choices, console)
             continue
         assert encoder is not None
         for length in choices.lengths:
@@ -90,6 +91,7 @@ def show_tasks(choices: TaskChoices, console: Console) -> None:
             except BeyondWindowError as error:
                 console.print(Text(f"{name}: {error}", style="yellow"), soft_wrap=True)
                 continue
+            task = replace(task, classes=choices.classes)
             _show(task, encoder, choices, console, length, shared_window(tokens, window))
 
 

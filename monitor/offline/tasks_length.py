@@ -120,8 +120,8 @@ def fit_items(
         window: most tokens that the model was made for; None if there is no such number.
 
     Raises:
-        BeyondWindowError: `tokens` is more than the window.
-        OfflineError: the tokenizer is not for so many tokens, cannot spell the prompts, or not even two items fit.
+        BeyondWindowError: `tokens` is more than the window, or not even two items fit.
+        OfflineError: the tokenizer is not for so many tokens, or cannot spell the prompts.
     """
     limit = shared_window(tokens, window)
     if encoder.limit is not None and encoder.limit < tokens:
@@ -151,9 +151,11 @@ def fit_items(
         items -= 1
     task = make(items)
     if too_long(items):
-        raise OfflineError(
-            f"{task.name}: expected 2 {task.unit} to fit into {limit:,} tokens, got prompts of "
-            f"{int(lengths(items).mean()):,}; ask for a larger length"
+        larger = window is None or window > limit
+        remedy = "ask for a larger length" if larger else "take another task, or a model with a larger window"
+        raise BeyondWindowError(
+            f"skipped {tokens:,} tokens of {task.name}: expected 2 {task.unit} to fit into {limit:,}"
+            f"{'' if larger else ', the window of the model'}, got prompts of {int(lengths(items).mean()):,}; {remedy}"
         )
     return task
 

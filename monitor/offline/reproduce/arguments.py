@@ -55,9 +55,21 @@ def reproduce(
     tokenizer: Annotated[
         str | None, typer.Option(metavar="NAME_OR_PATH", help="Where it does not lie beside the model.")
     ] = None,
-    states: Annotated[str, typer.Option(help="residual: before the final norm; hf: after it.")] = "residual",
+    states: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the last block: residual, before the final norm, or hf, after it. Default: residual; hf with "
+            "--probes released."
+        ),
+    ] = None,
     cka: Annotated[str, typer.Option(help="Estimator: unbiased or biased.")] = "unbiased",
-    probes: Annotated[str, typer.Option(help="Protocol of probes: paper, or released.")] = "paper",
+    probes: Annotated[
+        str,
+        typer.Option(
+            help="Protocol of probes: paper, or released, whose samples show each context at every tested position: "
+            "20,000 are 1,818 contexts at 11."
+        ),
+    ] = "paper",
     policy: Annotated[
         list[str] | None,
         typer.Option(help="Of biases and norm affines: default, trivial, scheme; more than once. Default: all."),
@@ -100,6 +112,7 @@ def reproduce(
         for folder in target[1:] or [output]:
             getattr(run, target[0])(Path(folder), console)
         return
+    from repflow.monitor.offline.probing import STATES
     from repflow.monitor.offline.reproduce.options import ReproduceOptions
 
     several: dict[str, list[str] | None] = {"tasks": task, "policies": policy, "schemes": scheme, "lengths": length}
@@ -116,7 +129,7 @@ def reproduce(
         seeds=seeds,
         protocol=protocol,  # pyright: ignore[reportArgumentType]  # checked there
         tokenizer=tokenizer,
-        states=states,  # pyright: ignore[reportArgumentType]
+        states=states or STATES.get(probes, "residual"),  # pyright: ignore[reportArgumentType]
         cka_estimator=cka,  # pyright: ignore[reportArgumentType]
         probes=probes,  # pyright: ignore[reportArgumentType]
         embeddings=embeddings,  # pyright: ignore[reportArgumentType]

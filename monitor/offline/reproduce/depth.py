@@ -11,6 +11,7 @@ from jaxtyping import Float
 from repflow.monitor.offline import OfflineError
 from repflow.monitor.offline.extracted import Extraction
 from repflow.monitor.offline.reproduce.work import read_json
+from repflow.monitor.warning import warn
 
 DONE, TOKEN_MAP, EXTRACTION = "measured.json", "token_map.npy", "extraction"
 
@@ -62,9 +63,13 @@ def read_depth(folder: Path, model: str, task: str, length: int) -> Depth | None
         return None
     try:
         extraction = Extraction.open(folder / EXTRACTION)
-        token_map = np.load(folder / TOKEN_MAP, allow_pickle=False)
-    except (OfflineError, OSError, ValueError, EOFError):
+    except OfflineError:
         return None  # what is damaged is told where it is read; the rest is gone on with
+    try:
+        token_map = np.load(folder / TOKEN_MAP, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        warn(f"{folder / TOKEN_MAP} is damaged ({type(error).__name__}); it is made again")
+        return None
     return Depth(
         model=model,
         task=task,

@@ -99,6 +99,7 @@ class ReproduceOptions:
         for length in self.lengths:
             parse_length(length)
         self._check_revision()
+        self._check_folder()
         self._check_device()
 
     def _check_numbers(self) -> None:
@@ -120,6 +121,11 @@ class ReproduceOptions:
             raise OfflineError("--revision: expected checkpoints, whose weights differ, without --init")
         if local := [name for name in self.model_names if Path(name).exists()]:
             raise OfflineError(f"--revision: expected models on the Hugging Face hub, got the folder {local[0]}")
+
+    def _check_folder(self) -> None:
+        there = next(path for path in (self.folder.absolute(), *self.folder.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise OfflineError(f"--output: expected a folder, and {there} is a file; name another")
 
     def _check_device(self) -> None:
         if self.device is not None:

@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.text import Text
 
 from repflow.monitor.offline import BeyondWindowError, OfflineError
-from repflow.monitor.offline.loading import check_weights, load_config, load_tokenizer, window_of
+from repflow.monitor.offline.loading import check_weights, hub_name, load_config, load_tokenizer, window_of
 from repflow.monitor.offline.probe_split import stratified_group_split
 from repflow.monitor.offline.probing import ProbeOptions
 from repflow.monitor.offline.random_streams import random_ids
 from repflow.monitor.offline.reproduce.depth import Depth, read_depth
 from repflow.monitor.offline.reproduce.options import ReproduceOptions
-from repflow.monitor.offline.reproduce.sources import commit_in, hub_name
+from repflow.monitor.offline.reproduce.sources import commit_in
 from repflow.monitor.offline.reproduce.work import content_key, place, slug
 from repflow.monitor.offline.tasks import AbstractTask
 from repflow.monitor.offline.tasks_command import make_task
@@ -155,7 +155,6 @@ class _Planner:
     def _fitted(self, name: str, task: str, length: int, window: int | None) -> AbstractTask:
         options = self._options
         fitted = fit_items(self._task(task), length, self._encoder(name), window)
-        # Classes come in only now: `fit_items` looks at prompts of two items too.
         fitted = replace(fitted, classes=options.classes, crossed=options.probes == "released")
         if options.features:
             _check_probes(fitted, options)

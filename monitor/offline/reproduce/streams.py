@@ -14,6 +14,7 @@ from repflow.monitor.offline import BeyondWindowError, OfflineError
 from repflow.monitor.offline.initialisation import Initialisation, NormVariant, Scheme, VectorPolicy
 from repflow.monitor.offline.loading import load_config
 from repflow.monitor.offline.processes import Processes
+from repflow.monitor.offline.progress import WorkProgress
 from repflow.monitor.offline.random_streams import RandomModel
 from repflow.monitor.offline.reproduce.options import ReproduceOptions
 from repflow.monitor.offline.reproduce.targets import Target
@@ -168,14 +169,16 @@ def _measure(options: ReproduceOptions, name: str, seed: int, points: list[Point
         dtype=options.weights_dtype or torch.float32,
         device=options.device,
     )
-    label = f"{name}, seed {seed}: {len(missing)} streams"
+    label = f"{name}, seed {seed}"
+    console.print(Text(f"{label}: {len(missing)} streams"), soft_wrap=True)
     with (
-        console.status(label) if console.is_terminal else _said(console, label),
+        WorkProgress(console, label, len(points), len(points) - len(missing), unit="streams") as bar,
         _fast_products(),
         model,
     ):
         for point in missing:
             _add(store, model, options, name, seed, point)
+            bar.advance(1)
 
 
 def _add(store: LineStore, model: RandomModel, options: ReproduceOptions, name: str, seed: int, point: Point) -> None:
@@ -204,12 +207,6 @@ def _add(store: LineStore, model: RandomModel, options: ReproduceOptions, name: 
             "choices": found.choices | told,
         }
     )
-
-
-@contextmanager
-def _said(console: Console, text: str) -> Iterator[None]:
-    console.print(Text(text), soft_wrap=True)
-    yield
 
 
 @contextmanager

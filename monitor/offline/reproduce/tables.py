@@ -77,14 +77,14 @@ def _probed(depth: Depth, chosen: ProbeOptions, options: ReproduceOptions, conso
     path = depth.folder / f"probes-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}.json"
     if (known := read_json(path)) is not None:
         accuracy = torch.tensor(known.pop("accuracy"), dtype=torch.float64)
-        return ProbeResult(accuracy=accuracy, **known)
+        return ProbeResult(accuracy, known["classes"], known["choices"])
     console.print(Text(f"{depth.model}, {depth.task}, {depth.length:,} tokens: probes"), soft_wrap=True)
     extraction = depth.extraction
     states = extraction.snapshot.inter_token.numel()
     result = train_probes(
         extraction.features, states, extraction.labels, extraction.contexts, chosen, device=options.device
     )
-    told = {"chance": result.chance, "classes": result.classes, "choices": result.choices}
+    told = {"classes": result.classes, "choices": result.choices}
     write_json(path, {"accuracy": plain(result.accuracy)} | told)
     return result
 
@@ -96,6 +96,7 @@ def _accuracies(depth: Depth, result: ProbeResult) -> dict[str, Any]:
         "task": depth.task,
         "length": depth.length,
         "samples": len(depth.extraction.labels),
+        "contexts": len(np.unique(depth.extraction.contexts)),
         "classes": result.classes,
         "chance": 100 * result.chance,
         "last": 100 * float(result.mean[-1]),
@@ -120,7 +121,7 @@ def _variation(depth: Depth) -> dict[str, Any]:
 
 def _mean_row(model: str, length: int, part: Sequence[Row]) -> list[dict[str, Any]]:
     """Means over tasks, of what has one."""
-    no_mean = ("model", "task", "length", "peak_state", "samples", "classes", "last_spread")
+    no_mean = ("model", "task", "length", "peak_state", "samples", "contexts", "classes", "last_spread")
     names = [name for name in part[0] if name not in no_mean]
     means = {
         name: fmean(row[name] for row in part) if all(row[name] is not None for row in part) else None for name in names

@@ -3,6 +3,7 @@
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 VILLAGES = (
     *("Orrin", "Tavell", "Bresk", "Umberley", "Quaith", "Lindmoor", "Sarn"),
@@ -45,3 +46,11 @@ def write(path: Path, lines: list[object] | None = None) -> Path:
     text = "".join(json.dumps(record) + "\n" for record in lines or records())
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
     return path
+
+
+def write_long(path: Path) -> Path:
+    """The same with passages of which not two fit into the window of the small models."""
+    lines: list[Any] = records()
+    for record in lines:
+        record["ctxs"][1]["text"] += " The wheel turned for the whole winter." * 40
+    return write(path, lines)

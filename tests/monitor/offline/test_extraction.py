@@ -111,6 +111,41 @@ def test_what_is_done_is_not_done_again(loaded: LoadedModel, samples: EncodedSam
     assert (tmp_path / "000003.pt").read_bytes() == whole
 
 
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.97])
+def test_damaged_samples_are_written_again(share: float, loaded: LoadedModel, samples: EncodedSamples, tmp_path: Path):
+    first = extract(loaded, samples, tmp_path, extraction_process.OPTIONS)
+    whole = (tmp_path / "samples.pt").read_bytes()
+    (tmp_path / "samples.pt").write_bytes(whole[: int(share * len(whole))] or b"a shopping list")
+    with (
+        pytest.warns(RepflowWarning, match=r"samples\.pt is damaged \(\w+\); it is written again"),
+        pytest.raises(OfflineError, match=r"samples\.pt is damaged .*; start the extraction again"),
+    ):
+        Extraction.open(tmp_path)
+    seen = out_of_memory_above(loaded, 10**9)
+    again = extract(loaded, samples, tmp_path, extraction_process.OPTIONS)
+    assert equal(again, first) and np.array_equal(again.labels, first.labels)
+    assert seen == []
+
+
+@pytest.mark.parametrize("content", ["", '{"key": {"parts": 8', '{"key": {}, "about": {}}', "[]"])
+def test_parts_of_which_nothing_is_known_are_measured_again(
+    content: str, loaded: LoadedModel, samples: EncodedSamples, tmp_path: Path
+):
+    first = extract(loaded, samples, tmp_path, extraction_process.OPTIONS)
+    (tmp_path / "extraction.json").write_text(content)
+    (tmp_path / "thesis.pt").write_text("years of work")
+    with pytest.raises(OfflineError, match=r"found a damaged extraction\.json .*\. Start the extraction again"):
+        Extraction.open(tmp_path)
+    with (
+        pytest.warns(RepflowWarning, match=r"extraction\.json is damaged .*: the extraction starts anew"),
+        pytest.raises(OfflineError, match="expected an empty folder"),
+    ):
+        extract(loaded, samples, tmp_path, extraction_process.OPTIONS)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.pt"]
+    (tmp_path / "thesis.pt").unlink()
+    assert equal(extract(loaded, samples, tmp_path, extraction_process.OPTIONS), first)
+
+
 def test_an_unfinished_extraction(loaded: LoadedModel, samples: EncodedSamples, tmp_path: Path):
     extract(loaded, samples, tmp_path, extraction_process.OPTIONS)
     (tmp_path / "000002.pt").unlink()

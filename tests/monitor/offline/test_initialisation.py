@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from repflow.monitor.offline import BeyondWindowError, OfflineError
 from repflow.monitor.offline.initialisation import (
     Initialisation,
     Role,
+    Scheme,
     embedding_scaled,
     initialise,
+    neutral_affine,
     norms_as,
     role_of,
 )
@@ -240,3 +243,84 @@ def test_unknown_names():
         norms_as(nn.Linear(1, 1), "none"),  # pyright: ignore[reportArgumentType]
     ):
         pass
+
+
+ENDS: dict[str, Any] = {"vocab_size": tiny.VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+HEADS = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 48}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "neutral"),
+    [
+        ("gemma", {"head_dim": 16}, 0.0),
+        ("gemma3_text", {"head_dim": 16}, 0.0),  # with norms of heads, too
+        ("nemotron", {}, 0.0),  # LayerNorm1P, which is derived from torch's
+        ("llama", {}, 1.0),
+    ],
+)
+def test_norms_at_one_and_zero_have_unit_gain(kind: str, sizes: dict[str, Any], neutral: float):
+    """Also those that scale by 1 + weight; whatever their parameters were before."""
+    config = transformers.AutoConfig.for_model(kind, hidden_size=32, **ENDS, **HEADS, **sizes)
+    model = transformers.AutoModel.from_config(config).eval()
+    norms = [module for module in model.modules() if "Norm" in type(module).__name__]
+    token = torch.randn(2, 5, 1)
+
+    def gains() -> list[float]:
+        rms = [norm(token * torch.randn(norm.weight.shape)).square().mean(-1).sqrt().mean() for norm in norms]
+        return [float(value) for value in rms]
+
+    initialise(model, Initialisation(policy="scheme"))
+    drawn = copied(model)
+    with torch.no_grad():
+        with norms_as(model, "affine_reset") as changed:
+            assert gains() == pytest.approx([1.0] * changed, rel=1e-3) and changed == len(norms) >= 5
+        assert all(torch.equal(drawn[name], parameter) for name, parameter in model.named_parameters())
+        initialise(model, Initialisation(policy="trivial"))
+        assert gains() == pytest.approx([1.0] * len(norms), rel=1e-3)
+    assert {value for norm in norms for value in norm.weight.tolist()} == {neutral}
+
+
+class OddNorm(nn.Module):
+    """Scales by the square of its weight, or wants more than a state."""
+
+    def __init__(self, wants_more: bool) -> None:
+        super().__init__()
+        self.weight, self.wants_more = nn.Parameter(torch.full((8,), 3.0)), wants_more
+
+    def forward(self, hidden: Tensor, *more: Tensor) -> Tensor:
+        return hidden * (1 + self.weight.square()) * (more[0] if self.wants_more else 1)
+
+
+@pytest.mark.parametrize(
+    ("wants_more", "reason"), [(False, "scales neither by weight nor by 1 [+] weight"), (True, "called by itself")]
+)
+def test_a_norm_that_is_not_understood_is_not_reset(wants_more: bool, reason: str):
+    model = nn.Sequential(OddNorm(wants_more))
+    with pytest.raises(OfflineError, match=f"OddNorm: expected a norm whose .* brought to 1 and 0.*{reason}"):
+        initialise(model, Initialisation(policy="trivial"))
+    with pytest.raises(OfflineError, match="OddNorm"), norms_as(model, "affine_reset"):
+        pass
+    assert torch.equal(model.get_parameter("0.weight"), torch.full((8,), 3.0))  # as it was
+    with norms_as(model, "disabled"):
+        assert torch.equal(model(torch.ones(1, 8)), torch.ones(1, 8))
+
+
+def test_a_norm_that_always_gates():
+    module = transformers.models.qwen3_next.modeling_qwen3_next
+    gated, plain = module.Qwen3NextRMSNormGated(8), module.Qwen3NextRMSNorm(8)
+    assert (neutral_affine(gated), neutral_affine(plain)) == ({"weight": 1.0}, {"weight": 0.0})
+
+
+def test_the_fans_of_a_layer_that_keeps_inputs_first():
+    """GPT-2: the weight of `Conv1D` is [in, out]."""
+    sizes: dict[str, Any] = ENDS | {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    model = transformers.GPT2Model(transformers.GPT2Config(**sizes))
+    bounds: dict[Scheme, Any] = {"kaiming": lambda a, b: 6 / a, "xavier": lambda a, b: 6 / (a + b)}
+    for scheme, bound in bounds.items():
+        initialise(model, Initialisation(scheme=scheme))
+        for name, (inputs, outputs) in (("attn.c_attn", (32, 96)), ("mlp.c_fc", (32, 128)), ("mlp.c_proj", (128, 32))):
+            weight = model.get_parameter(f"h.0.{name}.weight").detach()
+            assert weight.shape == (inputs, outputs)
+            std = math.sqrt(bound(inputs, outputs) / 3)
+            assert float(weight.std()) == pytest.approx(std, rel=0.06), (scheme, name)
+            assert weight.abs().max() <= std * math.sqrt(3)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -29,6 +30,25 @@ def test_a_checkpoint(kind: str, tmp_path: Path):
     assert loaded.window == (None if "mamba" in kind else tiny.WINDOW)
     assert loaded.vocabulary == tiny.VOCABULARY
     assert loaded.describe()["weights"] == "pretrained"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "owner/model"])
+def test_a_name_that_the_cache_of_the_hub_knows(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With an owner or without, as the oldest models are."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    folder, commit = tmp_path / f"models--{name.replace('/', '--')}", "c0ffee" * 6 + "c0de"
+    tiny.save(folder / "snapshots" / commit, "gpt_neox")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    loaded = load_model(name)
+    assert loaded.fingerprint() == load_model(str(folder / "snapshots" / commit)).fingerprint()
+    assert (loaded.name, loaded.describe()["revision"]) == (name, commit)
+    assert load_model(name, init=True).describe()["revision"] == commit
+    assert load_model(name, revision=commit).describe()["revision"] == commit
+    assert load_config(name).model_type == "gpt_neox"
+    assert load_tokenizer(name)("Key: value")["input_ids"] == tiny.tokenizer()("Key: value")["input_ids"]
 
 
 def test_the_fingerprint_is_that_of_the_weights(tmp_path: Path):
@@ -136,7 +156,7 @@ def test_a_damaged_checkpoint(how: str, message: str, tmp_path: Path):
         (
             "absent",
             {},
-            "expected a folder with a model, owner/name on the Hugging Face hub, or one of gpt-neo-2.7b",
+            "expected a folder with a model, owner/name on the Hugging Face hub .* or one of gpt-neo-2.7b, .*; it",
         ),
         ("./absent/model", {}, "found nothing there"),
         ("owner/absent", {}, "owner/absent: could not be loaded: .*"),

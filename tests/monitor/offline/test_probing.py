@@ -46,7 +46,7 @@ def test_accuracy_follows_what_is_planted():
     assert result.drop == pytest.approx(float(result.mean[2] - result.mean[3]))
     assert result.chance == pytest.approx(0.2)
     assert (result.spread > 0).all() and (result.spread < 0.05).all()
-    assert result.choices["samples"] == SAMPLES
+    assert (result.choices["samples"], result.choices["contexts"]) == (SAMPLES, SAMPLES)
     assert (result.choices["learning_rate"], result.choices["epochs"], len(result.choices["seeds"])) == (0.05, 150, 5)
 
 
@@ -172,6 +172,7 @@ def test_the_released_protocol_never_learns_the_last_classes():
     assert set(labels[held]) == {4} and set(labels[~held]) == {0, 1, 2, 3}
     result = probe(states[..., 8:16], labels, contexts, ProbeOptions.of("released", seeds=(0,)))
     assert float(result.mean[0]) == 0.0
+    assert result.chance == 1 / CLASSES  # though all that it is judged by is of one class
     assert result.choices["protocol"] == "released"
     assert (result.choices["learning_rate"], result.choices["weight_decay"]) == (0.005, 1e-3)
 

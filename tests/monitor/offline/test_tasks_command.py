@@ -38,6 +38,27 @@ def test_samples_of_both_tasks(folder: Path):
     assert any(line.startswith("  Document [1](Title: Mill of ") for line in lines)
 
 
+def test_a_task_that_does_not_fit_leaves_the_other_be(folder: Path):
+    questions.write_long(folder / "long.jsonl")
+    result = CliRunner().invoke(app, ["tasks", "mdqa", "kvpr", "--tokenizer", "model", "--data", "long.jsonl"])
+    assert result.exit_code == 0, result.output
+    first, second, *_ = result.output.splitlines()
+    assert first.startswith("mdqa: skipped 300 tokens of mdqa: expected 2 documents to fit into 512, the window of the")
+    assert second.startswith("kvpr: ") and "pairs for about 300 tokens" in second
+
+
+def test_classes_are_spread_over_the_items_of_a_length(folder: Path):
+    arguments = ["tasks", "kvpr", "--tokenizer", "model", "--length", "300"]
+    every = CliRunner().invoke(app, arguments).output.splitlines()[0]
+    last = int(every.split()[1]) - 1
+    assert last >= 3
+    result = CliRunner().invoke(app, [*arguments, "--classes", "3"])
+    assert result.exit_code == 0, result.output
+    assert f"; gold at 0, {(last + 1) // 2}, {last}; seed 0" in result.output.splitlines()[0]
+    result = CliRunner().invoke(app, [*arguments, "--classes", str(last + 2)])
+    assert result.exit_code == 2 and f"expected from 2 to {last + 1} tested positions" in result.output
+
+
 def test_without_a_tokenizer(folder: Path):
     result = CliRunner().invoke(app, ["tasks", "kvpr", "--items", "40", "--classes", "2"])
     assert result.exit_code == 0, result.output

@@ -5,7 +5,7 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from repflow.monitor.offline import BeyondWindowError, OfflineError
+from repflow.monitor.offline import BeyondWindowError, OfflineError, tasks_length
 from repflow.monitor.offline.tasks_kvpr import KeyValueRetrieval
 from repflow.monitor.offline.tasks_length import PromptEncoder, encode_samples, fit_items, parse_length, shared_window
 from tests.monitor.offline import tiny
@@ -81,9 +81,21 @@ def test_samples_that_are_too_long_are_drawn_again(encoder: PromptEncoder):
         encode_samples(task, 3, encoder, 100)
 
 
-def test_not_even_two_items_fit(encoder: PromptEncoder):
-    with pytest.raises(OfflineError, match="expected 2 pairs to fit into 60 tokens, got prompts of 1"):
-        fit_items(pairs, 60, encoder, 60)
+@pytest.mark.parametrize(
+    ("window", "fits", "remedy"),
+    [
+        (60, "into 60, the window of the model, got", "take another task, or a model with a larger window"),
+        (None, "into 64, got", "ask for a larger length"),
+        (80, "into 64, got", "ask for a larger length"),
+    ],
+)
+def test_not_even_two_items_fit(
+    encoder: PromptEncoder, window: int | None, fits: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+):
+    """A larger length is a remedy only where there is room for it."""
+    monkeypatch.setattr(tasks_length, "_SHARED_WINDOW", 64)
+    with pytest.raises(BeyondWindowError, match=f"skipped 60 tokens of kvpr: .* 2 pairs to fit {fits} .*; {remedy}$"):
+        fit_items(pairs, 60, encoder, window)
 
 
 def test_a_prompt_ends_with_its_last_token():

@@ -85,6 +85,22 @@ def test_table_1_is_what_probes_find(checkpoints: Path):
     assert (mean["task"], mean["last"]) == ("mean", pytest.approx((row["last"] + other["last"]) / 2))
 
 
+@pytest.mark.parametrize(("given", "states"), [((), "hf"), (("--states", "residual"), "residual")])
+def test_the_released_protocol_is_whole(models: Path, tmp_path: Path, given: tuple[str, ...], states: str):
+    """With its last layer, and each context at every position; how many there are is told."""
+    reproduce(
+        *("table1", *trained(models, "gpt_neox"), "--task", "kvpr", "--probes", "released", *given),
+        *("--no-pictures", "-o", tmp_path),
+    )
+    written = result(tmp_path, "table1")
+    measured = written.about["models"]["gpt_neox/kvpr/300"]
+    assert (measured["states"], measured["crossed"]) == (states, True)
+    assert written.about["choices"]["states"].startswith(f"{states}: ")
+    row = written.rows[0]
+    assert (row["samples"], row["contexts"] * row["classes"]) == (44, 44)
+    assert row["chance"] == pytest.approx(100 / row["classes"])
+
+
 def test_table_2_is_what_the_snapshot_has(checkpoints: Path):
     row = result(checkpoints, "table2").rows[1]
     snapshot = extraction(checkpoints, "gpt_neox", "mdqa").snapshot
@@ -112,11 +128,12 @@ def test_a_damaged_cache_is_measured_again(models: Path, tmp_path: Path):
     reproduce(*arguments)
     whole = (tmp_path / "figure2.csv").read_bytes()
     (place,) = (tmp_path / "work" / "prompts").glob("*/*")
-    (place / "extraction" / "000000.pt").write_bytes(b"nothing")
-    (tmp_path / "figure2.json").write_text("{")
-    with pytest.warns(RuntimeWarning, match="is damaged"):
-        assert "44 prompts" in reproduce(*arguments)
-    assert (tmp_path / "figure2.csv").read_bytes() == whole
+    for name in ("extraction/000000.pt", "extraction/samples.pt", "extraction/extraction.json", "token_map.npy"):
+        (place / name).write_bytes(b"nothing")
+        (tmp_path / "figure2.json").write_text("{")
+        with pytest.warns(RuntimeWarning, match=rf"{place / name} is damaged"):
+            assert "44 prompts" in reproduce(*arguments)
+        assert (tmp_path / "figure2.csv").read_bytes() == whole
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +201,15 @@ def test_a_length_beyond_the_window_is_skipped_and_said(models: Path, tmp_path: 
     written = result(tmp_path, "table2")
     assert {(row["task"], row["length"]) for row in written.rows} == {("random_ids", 64), ("mean", 64)}
     assert written.about["comparison"] == [] and len(written.about["skipped"]) == 1
+
+
+def test_a_task_that_does_not_fit_is_skipped_and_said(models: Path, tmp_path: Path):
+    questions.write_long(tmp_path / "long.jsonl")
+    arguments = ("--model", models / "gpt_neo", "--length", "300", "--samples", "11", "--data", tmp_path / "long.jsonl")
+    output = reproduce("table2", *arguments, "--no-pictures", "-o", tmp_path / "out")
+    assert "skipped 300 tokens of mdqa: expected 2 documents to fit into 512, the window of the model" in output
+    written = result(tmp_path / "out", "table2")
+    assert {row["task"] for row in written.rows} == {"kvpr", "mean"} and len(written.about["skipped"]) == 1
 
 
 def test_models_of_one_name_are_told_apart(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

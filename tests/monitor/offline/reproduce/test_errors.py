@@ -43,6 +43,8 @@ def folder(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
         (["figure2", "--dtype", "int8"], "--dtype: expected float32 or bfloat16 or float16, got 'int8'"),
         (["figure2", "--device", "abacus"], "--device: expected one such as cpu, cuda or cuda:1, got 'abacus'"),
         (["figure2", "--device", "cuda:99"], "--device: expected one of "),
+        (["figure2", "-o", "poem.jsonl"], "poem.jsonl is a file; name another"),
+        (["figure2", "-o", "poem.jsonl/figures"], "poem.jsonl is a file; name another"),
         (["figure2", "--length", "long"], "--length: expected a number of tokens"),
         (["figure2", "--samples", "0"], "--samples: expected 1 or more, got 0"),
         (["figure2", "--batch-tokens", "0"], "--batch-tokens: expected 1 or more, got 0"),

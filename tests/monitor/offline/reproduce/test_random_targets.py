@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,10 @@ def test_a_stopped_run_goes_on(models: Path, tmp_path: Path):
     (tmp_path / "figure3.json").unlink()
     with pytest.warns(RuntimeWarning, match="line 2 is damaged; it is measured again"):
         result = reproduce(*arguments)
-    assert "gpt_neo, seed 0: 2 streams" in result
+    told = [line.rpartition("gpt_neo, seed 0: ")[2] for line in result.splitlines() if "gpt_neo, seed 0: " in line]
+    assert told[:2] == ["2 streams", "goes on at 33%"]
+    rates = [re.fullmatch(r"(\d+)%, [\d.]+K? streams/s, (\d+:\d\d) left", line) for line in told[2:]]
+    assert [rate and rate[1] for rate in rates] == ["67", "100"] and rates[1] and rates[1][2] == "0:00"
     assert (tmp_path / "figure3.csv").read_bytes() == whole
     again = reproduce(*arguments)
     assert "figure3: is there already" in again and "streams" not in again
