@@ -314,7 +314,7 @@ def collapse(strength: Any) -> tuple[list[float], list[float]]:
         optimizer.zero_grad()
         regularizer.step()
         values.append([float(value) for value in regularizer.metrics.values()])
-    similarity, shown, _ = zip(*values, strict=True)
+    similarity, _, shown, _ = zip(*values, strict=True)
     return list(similarity), list(shown)
 
 
@@ -330,7 +330,7 @@ def test_dual_ascent_step_by_step() -> None:
     controller = DualAscent(step_size=0.5, maximum=0.3, band=0.1)
     strength = torch.tensor([0.2, 0.2, 0.2, 0.02, 0.2, 0.2], dtype=torch.float64)
     similarity = torch.tensor([0.6, 0.5, 0.42, 0.2, 0.9, torch.nan], dtype=torch.float64)
-    got = controller.update(strength, similarity, 0.5)
+    got = controller.update(strength, similarity, *controller.limits(0.5, "similarity"))
     assert got.tolist() == pytest.approx([0.25, 0.2, 0.2, 0.0, 0.3, 0.2])
 
 
