@@ -139,7 +139,7 @@ class Regularizer:
         check_recorded(acted, step, self.blocks[0], forward, replaced=self._replaced)
         self._idle = [0 if count else idle + 1 for count, idle in zip(acted, self._idle, strict=True)]
         check_acting(self._idle, self.blocks)
-        check_stepped((o.layers for o in self._attached() if o._done < self._done - 1), self._stream.name)
+        check_stepped((o.layers for o in self._attached() if o._done < self._done), self._stream.name)
         self._check_faults(step - 1)
         measured = self._sums.take(self._group)
         self._faults = copy_to_host(measured.faults) if measured.faults.is_cuda else (measured.faults, None)
