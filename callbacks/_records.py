@@ -15,7 +15,9 @@ def path_of(blocks: object) -> str | None:
     return blocks if isinstance(blocks, str) else None
 
 
-def state_in(records: object, owner: str, options: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
+def state_in(
+    records: dict[str, Any] | list[dict[str, Any]], owner: str, options: Mapping[str, Any], layers: Sequence[int]
+) -> dict[str, Any]:
     """The state of the regularizer of this stream and these layers; whatever else has changed. Nothing, of no records.
 
     Args:

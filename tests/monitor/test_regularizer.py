@@ -17,7 +17,6 @@ from tests.monitor.compiling import STYLES, compile_model
 from tests.monitor.regularizing import (
     LAYERS,
     STRENGTH,
-    TARGET,
     assert_same,
     attached,
     gradients,

@@ -182,7 +182,7 @@ def test_a_second_backward_through_a_forward(way: str) -> None:
     attached(called, loss_scale=1.0)
     logits = called(IDS[0])
     logits.mean().backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="as retain_graph=True allows.*add the losses up and call backward once"):
+    with pytest.raises(RuntimeError, match=r"as retain_graph=True allows.*add the losses up and call backward once"):
         logits.square().mean().backward()
 
 

@@ -4,12 +4,10 @@ import copy
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor, nn
 
 from repflow.monitor import find_residual_stream
 from repflow.monitor.regularizer import Regularizer
-from tests import handwritten
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.matrix import batch, forward, loss_of, make
 from tests.monitor.regularizing import term
