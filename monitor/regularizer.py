@@ -219,7 +219,7 @@ class Regularizer:
         run = outside_graphs(_call, resident=resident)
         for depth, module in enumerate(self._stream.ancestors):
             self._taps.on_masks(module, functools.partial(run, weakly(self._enter), depth))
-        for block in {self._stream.blocks[0], *self.blocks}:
+        for block in dict.fromkeys([self._stream.blocks[0], *self.blocks]):
             begin = functools.partial(run, weakly(self._begin), block.index)
             self._taps.on_entry(block.module, entry_of(block.reader), begin)
         self._taps.arm()
@@ -284,12 +284,11 @@ class Regularizer:
 
     def _check_faults(self, step: int) -> None:
         """Of the step before, whose numbers have arrived by now, or come before those of this step."""
-        if self._faults is None:
-            return
-        (numbers, ready), self._faults = self._faults, None
-        if ready is not None:
-            ready.synchronize()
-        check_faults(numbers.tolist(), step, self._room)
+        if self._faults is not None:
+            (numbers, ready), self._faults = self._faults, None
+            if ready is not None:
+                ready.synchronize()
+            check_faults(numbers.tolist(), step, self._room)
 
 
 def _call(call: Callable[..., None], *args: Any) -> None:

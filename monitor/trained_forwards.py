@@ -184,7 +184,8 @@ def of_second_backward(name: str) -> str:
     """The error for a second backward through the same forward."""
     return (
         f"`RepresentationRegularizer`: expected one backward through '{name}' for each forward, got another one, as "
-        "retain_graph=True allows: it would add the term twice; add the losses up and call backward once"
+        "retain_graph=True allows (or one behind `step` or `discard`): it would add the term twice; add the losses up "
+        "and call backward once, before `step`"
     )
 
 
