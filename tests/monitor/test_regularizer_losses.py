@@ -51,7 +51,8 @@ def written_out(run: Callable[[Any], Tensor], scale: float = 1.0) -> list[Tensor
 
 @pytest.mark.parametrize(
     ("way", "compiled"),
-    [*((way, False) for way in RETURNED), ("behind the logits", True), ("beside a metric", True), ("by its name", True)],
+    [(way, False) for way in RETURNED]
+    + [(way, True) for way in ("behind the logits", "beside a metric", "by its name")],
 )
 def test_where_a_model_may_return_its_loss(way: str, compiled: bool) -> None:
     torch.compiler.reset()
