@@ -15,10 +15,16 @@ def lightning_scale(trainer: Any, module: Any) -> Callable[[torch.device], Tenso
     None in manual optimization, where the module divides the loss itself: it has to be followed.
 
     Raises:
-        ValueError: a strategy that scales the loss out of sight.
+        ValueError: a strategy that scales the loss, or spreads tokens, out of sight.
     """
     name = type(trainer.strategy).__name__
-    if "DeepSpeed" in name or "ModelParallel" in name or "XLA" in name:
+    if "ModelParallel" in name:  # FSDP2, with tensor parallelism or without
+        if (size := getattr(trainer.strategy, "_tensor_parallel_size", 1)) not in (1, None):
+            raise ValueError(
+                f"`{_OWNER}`: expected whole sequences and states on each rank, got {name} with tensor_parallel_size="
+                f"{size}; pass tensor_parallel_size=1"
+            )
+    elif "DeepSpeed" in name or "XLA" in name:
         raise ValueError(f"`{_OWNER}`: expected one device, DDP or FSDP, got {name}, which is not supported")
     if not module.automatic_optimization:
         return None

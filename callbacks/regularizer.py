@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.nn import Module
 
 from repflow._imports import LIGHTNING, PYTORCH_LIGHTNING, TRANSFORMERS
+from repflow.callbacks._records import path_of, record_of, state_in
 from repflow.monitor import Monitor
-from repflow.monitor.regularizer import LossScale, Regularizer
-from repflow.monitor.regularizer_checks import Term, check_choices
-from repflow.monitor.strength import DualAscent, Strength
+from repflow.monitor.regularizer import Regularizer
+from repflow.monitor.regularizer_checks import Term, check_choices, chosen_layers
+from repflow.monitor.strength import DualAscent, Multipliers, Strength
+from repflow.monitor.trained_forwards import LossScale
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -54,11 +56,13 @@ class RepresentationRegularizer(Base):
     is the mean over micro-batches and ranks, and is scaled as the loss is by accumulation and a GradScaler. A loop of
     one's own whose model returns no loss says `regularizer.follow(loss)` before backward, or passes `loss_scale`.
 
-    For each layer, `repflow/regularizer/similarity/state_02`, `…/strength/…` (λ) and `…/gradient_ratio/…` (‖added
-    gradient‖/‖gradient of the loss‖ there) are logged by the trainer, and are in `metrics`. With a `monitor`, their
-    means over layers are in its snapshots.
+    For each layer, `repflow/regularizer/similarity/state_02`, `…/value/…` (the term without λ), `…/strength/…` (λ) and
+    `…/gradient_ratio/…` (‖added gradient‖/‖gradient that arrives‖ there, of the loss and the terms of later layers) are
+    logged by the trainer, and are in `metrics`. With a `monitor`, their means over layers are in its snapshots. Where
+    `stream` is given it is part of the names, as in `repflow/regularizer/encoder/value/state_02`.
 
-    Unlike a monitor it fails loudly: it changes the objective.
+    Unlike a monitor it fails loudly: it changes the objective. `attach` replaces, with a warning, what an earlier
+    training left on the same blocks; several regularizers of one training act on different layers.
 
     Args:
         target: the similarity above which the term acts, in [−1, 1].
@@ -66,7 +70,8 @@ class RepresentationRegularizer(Base):
             last; or "all".
         strength: λ: a number, a function of the optimizer step, or a `DualAscent` that moves the λ of each layer, as
             the default does.
-        term: "similarity"; or "contrastive", the mean over pairs of tokens of max(0, cos − target), which takes n².
+        term: "similarity"; or "contrastive", the mean over pairs of tokens of max(0, cos − target), which takes n²; a
+            `DualAscent` then follows that value.
         loss_scale: for a loop of one's own: what its loss is multiplied with before backward, such as 1/4 for the mean
             over four micro-batches; None: it is seen.
         blocks: see `repflow.monitor.find_residual_stream`.
@@ -97,27 +102,33 @@ class RepresentationRegularizer(Base):
     ) -> None:
         check_choices(type(self).__name__, target, layers, strength, term)
         self._options: dict[str, Any] = {
-            "target": target, "layers": layers, "strength": strength, "term": term, "blocks": blocks, "stream": stream,
-            "max_documents": max_documents, "process_group": process_group,
+            "target": float(target), "layers": chosen_layers(type(self).__name__, layers), "strength": strength,
+            "term": term, "blocks": blocks, "stream": stream, "max_documents": max_documents,
+            "process_group": process_group,
         }  # fmt: skip
         self._loss_scale, self._monitor = loss_scale, monitor
         self._engine: Regularizer | None = None
         self._resumed: dict[str, Any] = {}  # what to begin with
-        self._last: dict[str, Any] = {}  # what ended
+        self._ended: Multipliers | None = None  # of what was detached last
+        self._metrics: dict[str, Tensor] = {}  # likewise
         self._trainer: Any = None
+        self._backwards = 0  # of Lightning, since the last optimizer step
 
     @property
     def metrics(self) -> dict[str, Tensor]:
-        """What the last optimizer step measured, on its device."""
-        return {} if self._engine is None else self._engine.metrics
+        """What the last optimizer step measured, on its device; also after training."""
+        return self._metrics if self._engine is None else self._engine.metrics
 
     def attach(self, model: Module) -> "RepresentationRegularizer":
         """Begin to act on `model`: before the first step, and after it was compiled or wrapped.
 
+        Attached again, to a model with the same layers, it goes on with the λ that it had.
+
         Raises:
             ValueError: layers that do not exist, or a model that is not supported.
         """
-        return self._attach(model, self._loss_scale)
+        self._attach(model, self._loss_scale, again=True)
+        return self
 
     def follow(self, loss: Tensor, *, mask: Tensor | None = None) -> None:
         """Scale the term as this loss is until backward; for a loss that the model does not return itself.
@@ -127,29 +138,36 @@ class RepresentationRegularizer(Base):
             mask: `[B, T]`, attention mask or document numbers, in place of the one that the model received.
 
         Raises:
-            ValueError: a loss that is not one number with a gradient.
+            ValueError: a loss that is not one number with a gradient, or a mask of another shape than the states.
             RuntimeError: not attached.
         """
         self._attached().follow(loss, mask=mask)
+
+    def discard(self) -> None:
+        """Forget the forwards that have begun, where their backward is skipped under torch.compile or checkpointing."""
+        self._attached().discard()
 
     def step(self) -> None:
         """End an optimizer step, on all ranks: λ moves. Waits for no more than the step before.
 
         Raises:
-            RuntimeError: not attached, or no gradient has come back through a layer since the last step.
+            RuntimeError: not attached; no gradient has come back since the last step, or through one of the layers in
+                none of the last twenty; a loss was multiplied with a negative number, or documents were left out.
         """
         self._attached().step()
 
     def detach(self) -> None:
-        """Leave the model as it was. May be called more than once."""
+        """Leave the model as it was. May be called more than once, and asks no device, which may have failed."""
         if self._engine is not None:
-            self._last = self._engine.state_dict()
+            self._ended, self._metrics = self._engine.multipliers, self._engine.metrics
             self._engine.remove()
         self._engine = self._trainer = None
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, in plain values: the number of steps, and λ of each layer."""
-        return dict(self._resumed or self._last) if self._engine is None else self._engine.state_dict()
+        if self._engine is not None:
+            return self._engine.state_dict()
+        return dict(self._resumed) if self._resumed or self._ended is None else self._ended.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`: at the next `attach`, or at once."""
@@ -167,7 +185,8 @@ class RepresentationRegularizer(Base):
     @property
     def state_key(self) -> str:
         """Tells several regularizers of one trainer apart in checkpoints."""
-        return f"{type(self).__qualname__}{ {name: self._options[name] for name in ('layers', 'stream', 'blocks')} }"
+        own = {name: self._options[name] for name in ("layers", "stream")}
+        return f"{type(self).__qualname__}{ {**own, 'blocks': path_of(self._options['blocks'])} }"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers. `setup` would be too early: models may only be built after it."""
@@ -175,19 +194,30 @@ class RepresentationRegularizer(Base):
 
         scale = self._loss_scale if self._loss_scale is not None else lightning_scale(trainer, pl_module)
         compiled = getattr(pl_module, "_compiler_ctx", None) is not None  # the trainer passes on what is inside
-        self._attach(pl_module, scale, compiled=compiled)
+        self._backwards = 0
+        self._attach(pl_module, scale, compiled=compiled, again=trainer.global_step > 0)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        """Forwards of the batch before are over, also where `training_step` returned None, without a backward."""
+        if pl_module.automatic_optimization:
+            self._attached().discard()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """A batch has a loss."""
+        self._backwards += 1
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: object) -> None:
         """End the step: all micro-batches have been through backward."""
         engine = self._attached()
-        if pl_module.automatic_optimization or engine.recorded:  # by hand, optimizers of other models step too
+        # Without a backward every batch of the step was skipped. By hand, optimizers of other models step, too.
+        ends = self._backwards > 0 if pl_module.automatic_optimization else engine.recorded
+        self._backwards = 0
+        if ends:
             pl_module.log_dict(engine.step())
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the model as it was, without asking a device that may have failed."""
-        if self._engine is not None:
-            self._engine.remove()
-        self._engine = None
+        """Leave the model as it was. Checkpoints that are written because of the exception still have λ."""
+        self.detach()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the model as it was."""
@@ -206,11 +236,14 @@ class RepresentationRegularizer(Base):
                 f"`{type(self).__name__}`: expected restore_callback_states_from_checkpoint=False, since a checkpoint "
                 "cannot hold all of its choices; λ is resumed all the same"
             )
-        self.detach()
-        self._resumed = self._saved(state)
-        self._trainer = _training()
-        scale = self._loss_scale if self._loss_scale is not None else transformers_scale(self._trainer)
-        self._attach(kwargs["model"], scale, compiled=bool(args.torch_compile))
+        training = _training()
+        scale = self._loss_scale if self._loss_scale is not None else transformers_scale(training)
+        engine = self._attach(kwargs["model"], scale, compiled=bool(args.torch_compile))
+        self._trainer = training
+        # The Trainer adds to this entry when it saves, but a checkpoint of a training without it brings none.
+        records = cast(dict[str, Any], state.stateful_callbacks).setdefault(type(self).__name__, [])
+        if state.global_step:
+            self._resume(lambda: state_in(records, type(self).__name__, self._options, engine.layers))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the step: all micro-batches have been through backward."""
@@ -229,33 +262,27 @@ class RepresentationRegularizer(Base):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint of the Trainer keeps."""
-        arguments = {name: self._options[name] for name in ("target", "term", "stream", "max_documents")}
-        layers = self._options["layers"]
-        arguments["layers"] = layers if isinstance(layers, str) else list(layers)
-        return {"args": arguments, "attributes": {"_resumed": self.state_dict()}}
-
-    def _saved(self, state: Any) -> dict[str, Any]:
-        """What the checkpoint being resumed has kept; nothing in a training that begins."""
-        kept = cast(dict[str, Any], state.stateful_callbacks)
-        # The Trainer updates this entry when it saves, but a checkpoint of a training without it brings none.
-        records = kept.setdefault(type(self).__name__, self.state())
-        if not state.global_step:
-            return {}
-        own = self.state()["args"]
-        every = records if isinstance(records, list) else [records]
-        return next((record["attributes"]["_resumed"] for record in every if record["args"] == own), {})
+        return record_of(self._options, self.state_dict())
 
     def _attach(
-        self, model: Module, loss_scale: LossScale | None, *, compiled: bool = False
-    ) -> "RepresentationRegularizer":
-        if self._engine is not None:
-            self._engine.remove()
+        self, model: Module, loss_scale: LossScale | None, *, compiled: bool = False, again: bool = False
+    ) -> Regularizer:
+        self.detach()
         monitor: Callable[[], Monitor | None] | None = None if self._monitor is None else self._found_monitor
         self._engine = Regularizer(model, loss_scale=loss_scale, monitor=monitor, compiled=compiled, **self._options)
-        if self._resumed:
-            self._engine.load_state_dict(self._resumed)
-        self._resumed = {}
-        return self
+        if again and self._ended is not None and self._ended.layers == self._engine.layers:
+            self._engine.load_state_dict(self._ended.state_dict())
+        self._resume(lambda: self._resumed)
+        self._resumed, self._metrics = {}, {}
+        return self._engine
+
+    def _resume(self, find: Callable[[], Mapping[str, Any]]) -> None:
+        """Go on from what is found, if anything; after an error nothing stays on the model."""
+        try:
+            self.load_state_dict(find())
+        except ValueError:
+            self.detach()
+            raise
 
     def _found_monitor(self) -> Monitor | None:
         """The Monitor that was given, or that of the callback that was."""

@@ -1,10 +1,16 @@
 """From what a block returns to its state `[B, T, D]`, and from a gradient of the state back."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from repflow.monitor.readers import FIRST_TENSOR, HIDDEN_PLUS_RESIDUAL, Reader
+
+
+def entry_of(reader: Reader) -> Callable[..., Tensor]:
+    """What reads the shape of a block's input state; of two tensors whose sum it is, the first has that too."""
+    return FIRST_TENSOR.entry if reader is HIDDEN_PLUS_RESIDUAL else reader.entry
 
 
 def tensors_of(reader: Reader, output: Any) -> tuple[Tensor, ...]:

@@ -7,7 +7,7 @@ opaque operator, which looks up its receiver on the host when the graph runs (se
 
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, no_type_check
 
@@ -32,30 +32,41 @@ class Injections:
         self._handles: list[RemovableHandle] = []
 
     def on_exit(
-        self, module: Module, select: Callable[[Any], tuple[Tensor, ...]], check: Callable[..., object], push: Push
+        self,
+        module: Module,
+        owner: object,
+        select: Callable[[Any], tuple[Tensor, ...]],
+        check: Callable[..., object],
+        push: Push,
     ) -> None:
         """Let `push` change the gradient of the tensors that `select` finds first in what training calls return.
 
         `check` is called with these tensors when an eager call returns, and gives the forward that `push` is told.
-
-        Raises:
-            ValueError: the module has such a hook.
+        `owners_on` finds the `owner`.
         """
-        if any(isinstance(hook, _Injection) for hook in module._forward_hooks.values()):
-            raise ValueError(
-                "`RepresentationRegularizer`: expected a layer without a regularizer, and one is attached to it; "
-                "call its `detach` first"
-            )
-        self._add(module, _Injection(select, check), push)
+        hook = _Injection(owner, select, check)
+        self._number(hook, push)
+        self._handles.append(module.register_forward_hook(hook))
 
-    def on_loss(self, module: Module, follow: Callable[[Tensor], object], note: Callable[[Tensor], None]) -> None:
-        """Call `follow` with the loss that a call of `module` returns; inside of a graph, `note` with its gradient."""
+    def on_loss(
+        self, module: Module, follow: Callable[[Tensor, bool], object], note: Callable[[bool, Tensor], None]
+    ) -> None:
+        """Call `follow` with the loss that a call of `module` returns; inside of a graph, `note` with its gradient.
 
-        def push(forward: object, gradients: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            note(gradients[0])
-            return tuple(gradient.clone() for gradient in gradients)
+        Both are told whether it was but guessed to be the loss.
+        """
 
-        self._add(module, _LossInjection(follow), push)
+        def pushes(guessed: bool) -> Push:
+            def push(forward: object, gradients: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                note(guessed, gradients[0])
+                return tuple(gradient.clone() for gradient in gradients)
+
+            return push
+
+        hook = _LossInjection(follow)
+        self._number(hook, pushes(False))
+        self._number(hook.guess, pushes(True))
+        self._handles.append(module.register_forward_hook(hook))
 
     def remove(self) -> None:
         """Take the hooks off the model. A graph that has them is compiled again when it is next called."""
@@ -63,13 +74,18 @@ class Injections:
             handle.remove()
         self._handles.clear()
 
-    def _add(self, module: Module, hook: "_Hook", push: Push) -> None:
+    def _number(self, hook: "_Hook", push: Push) -> None:
         number = next(_NUMBERS)
         hook.push = push
         # The number as a tensor: blocks that share one graph differ in what they feed it.
         hook.marker = torch.tensor([number], device="cpu") if self._resident else None
         _HOOKS[number] = hook
-        self._handles.append(module.register_forward_hook(hook))
+
+
+def owners_on(modules: Iterable[Module]) -> list[object]:
+    """The owners of what is injected at the exits of modules, each once."""
+    hooks = [hook for module in modules for hook in module._forward_hooks.values() if isinstance(hook, _Injection)]
+    return list(dict.fromkeys(hook.owner for hook in hooks))
 
 
 _NUMBERS = itertools.count()
@@ -92,8 +108,8 @@ class _Hook:
 
 @no_type_check
 class _Injection(_Hook):
-    def __init__(self, select: Any, check: Any) -> None:
-        self.select, self.check = select, check
+    def __init__(self, owner: Any, select: Any, check: Any) -> None:
+        self.owner, self.select, self.check = owner, select, check
 
     def __call__(self, module: Module, args: tuple[Any, ...], output: Any) -> Any:
         if not (module.training and torch.is_grad_enabled()):
@@ -101,7 +117,7 @@ class _Injection(_Hook):
         if not torch.compiler.is_compiling():
             tensors = self.select(output)
             forward = self.check(tensors)
-            return None if forward is None else _replaced(output, _Inject.apply(self.push, forward, *tensors))
+            return _replaced(output, _RepresentationRegularizerIdentity.apply(self.push, forward, *tensors))
         tensors = self.select(output)
         if self.marker is None or not tensors[0].requires_grad:
             return None
@@ -112,33 +128,64 @@ class _Injection(_Hook):
 class _LossInjection(_Hook):
     def __init__(self, follow: Any) -> None:
         self.follow = follow
+        self.guess = _Hook()
 
     def __call__(self, module: Module, args: tuple[Any, ...], output: Any) -> Any:
-        loss = loss_of(output)
-        if loss is None or not loss.requires_grad or not module.training:
+        if not module.training:
+            return None
+        key, loss, guessed = loss_of(output)
+        if loss is None:
             return None
         if not torch.compiler.is_compiling():
-            self.follow(loss)
+            self.follow(loss, guessed)
             return None
         if self.marker is None:
             return None
-        (loss,) = _TracedInject.apply(self.marker, loss)
-        if isinstance(output, Tensor | tuple):
-            return _replaced(output, (loss,))
-        output["loss"] = loss
-        return output
+        (loss,) = _TracedInject.apply(self.guess.marker if guessed else self.marker, loss)
+        return _with_loss(output, key, loss)
 
 
 @no_type_check
-def loss_of(output: Any) -> Tensor | None:
-    """The loss in what a model returns: a tensor of one number, first in a tuple, or under that name."""
+def loss_of(output: Any) -> tuple[Any, Tensor | None, bool]:
+    """The loss in what a model returns: its key there, itself, and whether it was but guessed to be that.
+
+    It is a tensor without dimensions and with a gradient: what is returned alone, stands first in a tuple, or has the
+    name. Without one of these, the only such tensor is guessed to be the loss.
+    """
+    if isinstance(output, Tensor):
+        return None, output if _is_loss(output) else None, False
+    if isinstance(output, dict) and "loss" in output:
+        return "loss", output["loss"] if _is_loss(output["loss"]) else None, False
+    if hasattr(output, "loss"):
+        return "loss", output.loss if _is_loss(output.loss) else None, False
+    if isinstance(output, (tuple, list)):
+        values = list(enumerate(output))
+    else:
+        values = list(output.items()) if isinstance(output, dict) else []
+    found = [(key, value) for key, value in values if _is_loss(value)]
+    if found and (found[0][0] == 0 or len(found) == 1):
+        return found[0][0], found[0][1], found[0][0] != 0
+    return None, None, False
+
+
+@no_type_check
+def _is_loss(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 0 and value.is_floating_point() and value.requires_grad
+
+
+@no_type_check
+def _with_loss(output: Any, key: Any, loss: Tensor) -> Any:
+    """What a model returned, with its loss replaced."""
+    if isinstance(output, Tensor):
+        return loss
     if isinstance(output, dict):
-        output = output.get("loss")
-    elif hasattr(output, "loss"):
-        output = output.loss
-    elif isinstance(output, tuple) and output:
-        output = output[0]
-    return output if isinstance(output, Tensor) and output.numel() == 1 and output.is_floating_point() else None
+        output[key] = loss
+        return output
+    if isinstance(output, (tuple, list)):
+        values = [loss if index == key else value for index, value in enumerate(output)]
+        return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
+    output.loss = loss
+    return output
 
 
 @no_type_check
@@ -151,8 +198,11 @@ def _replaced(output: Any, tensors: tuple[Tensor, ...]) -> Any:
     return type(output)(*changed, *rest) if hasattr(output, "_fields") else type(output)([*changed, *rest])
 
 
-class _Inject(torch.autograd.Function):
-    """The identity, whose backward asks `push`."""
+class _RepresentationRegularizerIdentity(torch.autograd.Function):
+    """The identity, whose backward asks `push`.
+
+    What it returns is a view, of which autograd says by this name that it may not be changed in place.
+    """
 
     @staticmethod
     def forward(ctx: Any, push: Push, forward: object, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -74,15 +74,20 @@ def _sum(hidden: Tensor, residual: object) -> Tensor:
     return hidden.detach() + residual.detach()  # not for autograd
 
 
+def _batch_first(state: Tensor) -> Tensor:
+    return state if state.ndim == 2 else state.transpose(0, 1)
+
+
 FIRST_TENSOR = Reader("first tensor", _first_tensor_in, _first_tensor_out)
 """The state is the first argument, and the output or the first of its tuple, as in all blocks of transformers."""
 
 SEQUENCE_FIRST = Reader(
     "first tensor, [T, B, D]",
-    lambda args, kwargs: _first_tensor_in(args, kwargs).transpose(0, 1),
-    lambda output: _first_tensor_out(output).transpose(0, 1),
+    lambda args, kwargs: _batch_first(_first_tensor_in(args, kwargs)),
+    lambda output: _batch_first(_first_tensor_out(output)),
 )
-"""States are `[T, B, D]`: torch.nn.TransformerEncoderLayer and its kin, unless made with `batch_first=True`."""
+"""States are `[T, B, D]`, or `[T, D]` of a single sequence: torch.nn.TransformerEncoderLayer and its kin, unless made
+with `batch_first=True`."""
 
 HIDDEN_PLUS_RESIDUAL = Reader("hidden + residual", _sum_in, _sum_out)
 """`forward(hidden, residual=None)` returns (hidden, residual), whose sum is the state: mamba_ssm, also when the sum is

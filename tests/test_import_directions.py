@@ -24,7 +24,7 @@ TIERS = (
     {
         *("accumulator", "block_state", "buffer", "capture", "captured", "chain", "delivery", "drift"),
         *("injection", "masks", "metrics", "notices", "positions", "probe", "ranks", "regularizer_checks", "run_info"),
-        *("sequence_shards", "ssm", "strength", "taps", "term", "token_choice"),
+        *("sequence_shards", "ssm", "strength", "taps", "term", "token_choice", "trained_forwards"),
     },
     {"sinks"},
     {"publication"},

@@ -1,17 +1,24 @@
 """The regularizer under real trainers: they train what a loop does that has the term in its loss."""
 
 import copy
+import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from repflow.callbacks import (
@@ -20,6 +27,8 @@ from repflow.callbacks import (
     RepresentationMonitorCallback,
     RepresentationRegularizer,
 )
+from repflow.callbacks._loss_scales import lightning_scale
+from repflow.monitor.warning import RepflowWarning
 from tests.callbacks.watching import Keep, hooks
 from tests.monitor.regularizing import states_of, term
 
@@ -28,6 +37,7 @@ pytestmark = [
     pytest.mark.filterwarnings(
         "ignore:.*(does not have many workers|fewer than the logging interval|is not empty|isinstance.treespec)"
     ),
+    pytest.mark.filterwarnings("ignore:`training_step` returned `None`"),
 ]
 
 LAYERS, TARGET, STRENGTH, RATE = (1, 3), -0.2, 0.8, 0.1
@@ -178,6 +188,104 @@ def test_lightning_resumes(tmp_path: Path) -> None:
     assert resumed.state_dict()["step"] == 12 and min(resumed.state_dict()["strength"]) > 0
 
 
+def test_a_checkpoint_that_is_written_because_of_an_exception_has_its_state(tmp_path: Path) -> None:
+    controller = DualAscent(step_size=0.5, maximum=3.0)
+    callback = regularizer(strength=controller)
+
+    class Failing(Module):
+        def training_step(self, batch, index):
+            if index == 4:
+                raise ZeroDivisionError
+            return super().training_step(batch, index)
+
+    with pytest.raises(ZeroDivisionError):
+        fit(Failing(), callback, OnExceptionCheckpoint(tmp_path, "last"), enable_checkpointing=True)
+    kept = torch.load(tmp_path / "last.ckpt", weights_only=False)["callbacks"][callback.state_key]
+    assert kept == callback.state_dict() and kept["step"] == 4 and min(kept["strength"]) > 0
+    assert callback.metrics[f"repflow/regularizer/strength/state_{LAYERS[0]:02}"] > 0
+    fit(Module(), callback, max_epochs=1)  # a new training begins anew
+    assert callback.state_dict()["step"] == 6
+
+
+class Skips(Module):
+    """Leaves out a batch, before its forward or behind it, as where the loss is not finite."""
+
+    def __init__(self, skipped: tuple[int, ...], *, behind: bool) -> None:
+        super().__init__()
+        self.skipped, self.behind = skipped, behind
+
+    def training_step(self, batch, index):
+        skips = index in self.skipped
+        loss = None if skips and not self.behind else self.net(**batch).loss
+        return None if skips else loss
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("way", ["eager", "compiled", "accumulating"])
+def test_batches_that_are_skipped(way: str, behind: bool) -> None:
+    """A step of these alone moves no λ; beside others in a step they bring nothing."""
+    torch.compiler.reset()
+    accumulation = 2 if way == "accumulating" else 1
+    module = Skips((2, 3, 4), behind=behind)
+    if way == "compiled":
+        module.net.compile(backend="aot_eager")
+    callback = regularizer()
+    trainer = fit(module, callback, accumulate_grad_batches=accumulation)
+    assert callback.state_dict()["step"] == 6 // accumulation - (3 if accumulation == 1 else 1)
+    assert trainer.global_step == 6 // accumulation
+    net = language_model()
+    optimizer = torch.optim.SGD(net.parameters(), RATE)
+    for index, batch in enumerate(DataLoader(rows(), 4)):  # pyright: ignore[reportArgumentType]
+        if index not in module.skipped:
+            with states_of(net.model.layers, LAYERS) as states:
+                loss = net(**batch).loss
+            ((loss + STRENGTH * term(states, batch["attention_mask"], TARGET)) / accumulation).backward()
+        if (index + 1) % accumulation == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same(module.net, list(net.parameters()))
+
+
+def test_a_loss_that_passes_the_layers_by_is_no_skipped_batch() -> None:
+    class Aside(Module):
+        def training_step(self, batch, index):
+            self.net(**batch)
+            return self.net.lm_head.weight.square().mean()
+
+    with pytest.raises(RuntimeError, match="a training forward has run and no gradient has come back"):
+        fit(Aside(), regularizer())
+
+
+def test_fsdp2_of_lightning() -> None:
+    """One process of it; what is spread over ranks by tensor parallelism is refused."""
+
+    class Sharded(Module):
+        def configure_model(self):
+            mesh = self.device_mesh["data_parallel"]  # pyright: ignore[reportOptionalSubscript]
+            for block in self.net.model.layers:
+                fully_shard(block, mesh=mesh)
+            fully_shard(self.net, mesh=mesh)
+
+        def on_fit_end(self):
+            whole = {name: weight.full_tensor() for name, weight in self.net.state_dict().items()}
+            self.trained = language_model()
+            self.trained.load_state_dict(whole)
+
+    module = Sharded()
+    options: dict[str, Any] = {"precision": "32-true", "use_distributed_sampler": False}  # float64 stays as it is
+    options["strategy"] = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
+    try:
+        with patch.dict(os.environ):
+            fit(module, regularizer(), devices=1, **options)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    assert_same(module.trained, by_hand(1, 6))
+    trainer = type("Spread", (), {"strategy": ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)})
+    with pytest.raises(ValueError, match=r"got ModelParallelStrategy with tensor_parallel_size=2; pass tensor_"):
+        lightning_scale(trainer, module)
+
+
 def test_lightning_without_a_term_is_the_same_to_the_bit() -> None:
     module, plain = Module(torch.float32), Module(torch.float32)
     fit(module, regularizer(strength=0.0), precision="32-true")
@@ -279,6 +387,49 @@ def test_transformers_resumes(tmp_path: Path) -> None:
     train(tmp_path / "half", resumed, net=again, resume=str(tmp_path / "half" / "checkpoint-3"))
     assert_same(again, list(whole.parameters()))
     assert resumed.state_dict()["step"] == 6 and min(resumed.state_dict()["strength"]) > 0
+
+
+def test_transformers_resumes_with_other_choices(tmp_path: Path) -> None:
+    """Two regularizers; each finds its own λ whatever its target now is, and one of other layers raises."""
+    controller = DualAscent(step_size=0.5, maximum=3.0)
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    train(tmp_path, *(regularizer(strength=controller, layers=[layer]) for layer in LAYERS), **saving)
+    checkpoint = str(tmp_path / "checkpoint-4")
+    seen: list[dict[str, Any]] = []
+
+    class Look(transformers.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.extend(one.state_dict() for one in again)
+
+    changed = {"strength": controller, "target": TARGET + 0.05, "max_documents": 3}
+    again = [regularizer(layers=[layer], **changed) for layer in (1, -1)]
+    train(tmp_path / "on", *again, Look(), resume=checkpoint, max_steps=5)
+    records = json.loads(Path(checkpoint, "trainer_state.json").read_text())["stateful_callbacks"]
+    last = records["RepresentationRegularizer"][-2:]
+    assert seen == [record["attributes"]["_resumed"] for record in last]
+    assert [state["step"] for state in seen] == [4, 4] and min(state["strength"][0] for state in seen) > 0
+    net = language_model()
+    before = hooks(net)
+    with pytest.raises(ValueError, match=r"λ of layers \[2\] of stream None, got one with that of layers \[1\] of"):
+        train(tmp_path / "other", regularizer(layers=[2]), net=net, resume=checkpoint, max_steps=5)
+    assert hooks(net) == before
+
+
+def test_training_again_after_it_was_interrupted(tmp_path: Path) -> None:
+    """The Trainer tells nobody. The same callback cleans up; a new one replaces the old one, and says so."""
+
+    class Stop(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    net, callback = language_model(), regularizer()
+    before = hooks(net)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, callback, Stop(), net=net)
+    with pytest.warns(RepflowWarning, match="replaced the regularizer of layers"):
+        train(tmp_path, regularizer(), net=net)
+    assert hooks(net) == before
 
 
 def test_a_checkpoint_cannot_stand_in_for_the_users_choices(tmp_path: Path) -> None:

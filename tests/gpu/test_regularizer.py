@@ -55,3 +55,14 @@ def test_a_step_waits_for_nothing(mask: Tensor | None) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert regularizer.state_dict()["step"] == 5 and min(regularizer.state_dict()["strength"]) > 0
+
+
+def test_a_negative_scale_is_told_one_step_later() -> None:
+    net = regularizing.model(torch.float32, width=64).to(DEVICE)
+    regularizer = attached(net)
+    loss = toy.loss_of(net, IDS, MASKS)
+    regularizer.follow(loss)
+    (-loss).backward()
+    regularizer.step()
+    with pytest.raises(RuntimeError, match="in step 0 a negative gradient came back"):
+        backward(net, regularizer)

@@ -5,8 +5,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
+from repflow.callbacks import RepresentationRegularizer
 from repflow.triton_kernels.groups import find_groups
 from tests.monitor import toy
 
@@ -25,6 +27,22 @@ def model(dtype: torch.dtype = torch.float64, **options: Any) -> toy.Toy:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return made.to(dtype)
+
+
+def llama() -> Any:
+    """A small language model that returns its loss."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).double().train()
+
+
+def attached(net: Any, **options: Any) -> RepresentationRegularizer:
+    """A regularizer that acts on the model."""
+    given = {"target": TARGET, "layers": list(LAYERS), "strength": STRENGTH, **options}
+    return RepresentationRegularizer(**given).attach(net)
 
 
 def term(states: list[Tensor], mask: Tensor | None, target: float = TARGET, contrastive: bool = False) -> Tensor:

@@ -410,6 +410,25 @@ def test_torch_transformer_encoder(batch_first) -> None:
     assert monitor.latest is not None and (monitor.latest.sequences, monitor.latest.tokens) == (3, 29)
 
 
+@pytest.mark.parametrize("tokens", [12, 16])
+def test_torch_transformer_encoder_of_one_sequence(tokens: int) -> None:
+    """Without a dimension for rows, `[T, D]`, also where T = D: nothing is transposed."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).train()
+    x, states = torch.randn(tokens, 16), []
+    handles = [block.register_forward_hook(lambda *call: states.append(call[2].detach())) for block in encoder.layers]
+    encoder(x)
+    for handle in handles:
+        handle.remove()
+    monitor = Monitor(encoder, MonitorConfig(every_n_steps=1))
+    seen = captured(monitor)
+    with monitor.step(0):
+        encoder(x).sum().backward()
+    monitor.flush()
+    assert torch.equal(seen[0][:, 0], torch.stack([x, *states]))
+    assert monitor.latest is not None and (monitor.latest.sequences, monitor.latest.tokens) == (1, tokens)
+
+
 def test_a_micro_batch_without_a_token_is_left_out() -> None:
     model = toy.Toy()
     monitor = Monitor(model, MonitorConfig(every_n_steps=1))

@@ -201,7 +201,7 @@ def test_a_regularizers_controller_is_the_same_on_all_ranks(ranks: Results) -> N
             for name in ("similarity", "strength")
         )
         torch.testing.assert_close(shown.double(), strength, rtol=0, atol=1e-7)
-        strength = controller.update(strength, similarity.double(), target)
+        strength = controller.update(strength, similarity.double(), *controller.limits(target, "similarity"))
     assert first["state"]["strength"] == pytest.approx(strength.tolist()) and float(strength.min()) > 0
 
 
