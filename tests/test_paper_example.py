@@ -265,6 +265,22 @@ def test_a_trial_has_places_of_its_own(monkeypatch):
         assert passed == ["--steps", "20", "--text-mib", mib, *(["--tiny"] if "--tiny" in given else [])]
 
 
+def test_models_may_have_times_of_their_own(monkeypatch, capsys):
+    run = import_module("run")
+    for words, of_ssm, of_others in (([], 70.0, 70.0), (["40"], 40.0, 40.0), (["ssm=190", "40"], 190.0, 40.0)):
+        monkeypatch.setattr(sys, "argv", ["run.py", *(["--seconds", *words] if words else [])])
+        found = run.parse()[0].seconds
+        assert found == dict.fromkeys(run.VARIANTS, of_others) | {"ssm": of_ssm}
+    for word, told in (
+        ("mamba=3", "expected one of ssm, hybrid"),
+        ("ssm=long", "expected a number, or VARIANT=NUMBER"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["run.py", "--seconds", word])
+        with pytest.raises(SystemExit):
+            run.parse()
+        assert told in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_enough_text_is_held_out(tmp_path: Path):
     """Of many small files more than one in fifty, for the loss on a row of tokens."""
     for number in range(60):

@@ -1,6 +1,6 @@
 """Trains the five models, as many at once as there are GPUs, and makes figures and tables of the paper on them.
 
-python run.py --seconds 70 --work paper-work --results examples/paper/results
+python run.py --seconds 70 ssm=190 hybrid=90 --work paper-work --results examples/paper/results
 
 The work folder gets the text as tokens, checkpoints, logs, and what is measured; gigabytes. The results folder gets
 what is small: data of figures and tables, and of each model its losses, its retrieval and its run file. A model that
@@ -46,7 +46,13 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--seconds", type=float, default=70, help="of training, of each model")
+    parser.add_argument(
+        "--seconds",
+        nargs="+",
+        default=["70"],
+        metavar="[VARIANT=]SECONDS",
+        help="of training, of each model or of one; 70 if left out",
+    )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="what to train")
     parser.add_argument("--targets", nargs="*", default=TARGETS, help="what to measure; nothing after it: nothing")
     parser.add_argument("--lengths", nargs="+", default=["300", "480"], help="of prompts: 5 and 9 pairs")
@@ -58,8 +64,30 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--work", type=Path, help="paper-work, or paper-work-tiny, if left out")
     parser.add_argument("--results", type=Path, help="results beside this file, or in the work folder if tiny")
     options, passed = parser.parse_known_args()
+    try:
+        options.seconds = seconds_by_variant(options.seconds)
+    except ValueError as error:
+        parser.error(f"--seconds: {error}")
     settle(options, Path("paper-work"), HERE / "results")
     return options, passed + text_of(options)
+
+
+def seconds_by_variant(words: list[str]) -> dict[str, float]:
+    """From `70 ssm=190` to the seconds of each model.
+
+    Raises:
+        ValueError: a word that is neither, or another model.
+    """
+    found: dict[str, float] = {}
+    for word in words:
+        name, _, number = word.rpartition("=")
+        if name and name not in VARIANTS:
+            raise ValueError(f"expected one of {', '.join(VARIANTS)} before '=', got {name!r}")
+        try:
+            found[name] = float(number)
+        except ValueError:
+            raise ValueError(f"expected a number, or VARIANT=NUMBER, got {word!r}") from None
+    return {name: found.get(name, found.get("", 70.0)) for name in VARIANTS}
 
 
 def settle(options: argparse.Namespace, work: Path, results: Path) -> None:
@@ -128,7 +156,7 @@ def train(name: str, options: argparse.Namespace, passed: list[str], gpu: int | 
 def arguments_of(name: str, options: argparse.Namespace, passed: list[str]) -> list[str]:
     """What train.py is told."""
     family, norms = VARIANTS[name]
-    arguments = ["--family", family, "--norms", norms, "--seconds", options.seconds]
+    arguments = ["--family", family, "--norms", norms, "--seconds", options.seconds[name]]
     arguments += ["--corpus", options.work / "corpus", "-o", folder_of(name, options)]
     return [*map(str, arguments), *passed]
 
