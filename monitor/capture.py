@@ -14,14 +14,14 @@ from torch.nn import Module
 from repflow.monitor.buffer import CaptureBuffer
 from repflow.monitor.captured import CapturedForward, Recording
 from repflow.monitor.chain import Chain
-from repflow.monitor.masks import CallMasks, ToldMasks, token_groups, unread_mask
+from repflow.monitor.masks import CallMasks, MaskReader, ToldMasks, misfit, token_groups, unread_mask
 from repflow.monitor.residual_stream import Block, ResidualStream
 from repflow.monitor.sampling import Selection
 from repflow.monitor.taps import Read, Taps, outside_graphs
 from repflow.monitor.weakly import weakly
 
-GivenMask = Tensor | Callable[[], Tensor]
-"""A mask `[B, T]` in place of those that the model receives, or what gives it when a forward is recorded."""
+GivenMask = Tensor | Callable[[], Tensor | None]
+"""A mask `[B, T]` in place of those that the model receives, or what gives it for a recorded forward: None, those."""
 
 
 class CaptureError(RuntimeError):
@@ -36,6 +36,8 @@ class _Entry:
     grad: bool
     training: bool
     masks: CallMasks = field(default_factory=CallMasks)
+    skipped: str | None = None
+    """What ran before the first block. The forward is left out if that does not run any more."""
 
 
 @dataclass(eq=False)
@@ -112,6 +114,7 @@ class Capture:
             self.remove()
         if self._forward is not None:
             self._count_incomplete(self._forward)
+        self._count_skipped()
         self._chain.end()
         self._others.clear()
         self._entry = self._forward = self._mask = None
@@ -157,16 +160,18 @@ class Capture:
         if _in_backward():
             return
         inside = self._entry is not None and self._entry.depth < depth
+        if not inside:
+            self._count_skipped()
         outer = self._entry.masks if inside and self._entry is not None else CallMasks()
         grad, told = read()
         self._entry = _Entry(depth, grad, module.training, told.within(outer))
         if self._looks:
-            self._others.update(told.others)
+            self._others.update(told.others())
 
     def _see(self, read: Read[ToldMasks]) -> None:
         """The first block is about to begin: what it takes besides its state may be a mask that the model has made."""
         if self._forward is None and not _in_backward():
-            self._others.update(read()[1].others)
+            self._others.update(read()[1].others())
 
     def _begin(self, module: Module, read: Read[Tensor]) -> None:
         """The first block is called: decide whether to record, and take h^(0)."""
@@ -186,7 +191,9 @@ class Capture:
             state = read()[1]
             if self._follows_chain():
                 self._chain.begin(state)
-            self._forward = self._start(state, entry.masks if self._mask is None else CallMasks(_given(self._mask)))
+            given = None if self._mask is None else _given(self._mask)
+            masks = entry.masks if given is None else CallMasks(given)
+            self._forward = self._start(state, masks, exact=given is not None)
             if self._forward is not None:
                 self._store(self._forward, state)
         self._others.clear()
@@ -201,9 +208,12 @@ class Capture:
             return
         index = 0 if forward is None else forward.filled - 1
         if forward is None or index not in owned:  # also what skips a block at random, as LayerDrop does
-            self._forward = self._entry = None
-            what = f"'{self._name(owned[0])}' where '{self._name(index)}' was expected"
-            self.ignored[f"forwards that ran {what}"] += 1
+            what = f"forwards that ran '{self._name(owned[0])}' where '{self._name(index)}' was expected"
+            if forward is not None:
+                self.ignored[what] += 1
+            elif entry is not None:
+                entry.skipped = entry.skipped or what
+            self._forward = None
             return
         state = read()[1]
         if self._follows_chain():
@@ -229,13 +239,17 @@ class Capture:
             self.broken = broken
             self.ignored[f"forwards in which {broken}"] += 1
 
+    def _count_skipped(self) -> None:
+        if self._entry is not None and self._entry.skipped is not None:
+            self.ignored[self._entry.skipped] += 1
+
     def _count_incomplete(self, forward: Recording) -> None:
         what = "did not pass through all blocks"
         if self.final_norm and forward.filled == len(self.stream):
             what = 'did not call the final norm, as where it is fused with a sum: use states="residual"'
         self.ignored[f"forwards that {what}"] += 1
 
-    def _start(self, state: Tensor, masks: CallMasks) -> Recording | None:
+    def _start(self, state: Tensor, masks: CallMasks, *, exact: bool) -> Recording | None:
         flat_tokens = state.ndim == 2
         if flat_tokens:
             state = state.unsqueeze(0)
@@ -255,13 +269,20 @@ class Capture:
                 "do not tell how a document goes on in the next slice; pass a boolean mask, monitor.step(k, mask=...), "
                 "to take each row as one sequence"
             )
-        mask = token_groups(masks, rows, tokens, exact=self._mask is not None)
-        if self._looks and mask is None and self._mask is None:
-            self.unread = unread_mask(self._others, rows, tokens)
+        mask = token_groups(masks, rows, tokens, exact=exact)
+        if self._looks and mask is None and not exact:
+            self.unread = misfit(masks, tokens) or unread_mask(self._others, rows, tokens) or self._untold(masks)
         self._looks = False
         selection = self.choose((rows, tokens), state).to(state.device)
         view = self.buffer.view((len(self.stream) + 1, *selection.shape, features), state)
         return Recording(view, view.unbind(), {state.device: selection}, (rows, tokens, features), flat_tokens, mask)
+
+    def _untold(self, masks: CallMasks) -> str | None:
+        """That a decoder was told of no padding: its input was made elsewhere, as the Trainer does to smooth labels."""
+        owners = (MaskReader(module, decoder=self.stream.is_decoder) for module in self.stream.ancestors)
+        if masks.targets is not None or not any(owner.makes_decoder_input() for owner in owners):
+            return None
+        return "'decoder_input_ids', given without 'decoder_attention_mask' and 'labels',"
 
     def _store(self, forward: Recording, state: Tensor) -> None:
         if forward.flat_tokens:
@@ -302,7 +323,7 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _given(mask: GivenMask) -> Tensor:
+def _given(mask: GivenMask) -> Tensor | None:
     """The mask itself.
 
     Raises:

@@ -11,8 +11,15 @@ from jaxtyping import Bool, Int, Int64, Shaped
 from torch import Tensor
 from torch.nn import Module
 
+
+def _of_floats(mask: Tensor) -> Tensor:
+    """1 at tokens and 0 at padding; or what Longformer adds to scores: 0 or much more at tokens, less at padding."""
+    added = (mask < 0).any() | (mask > 1).any() | ~(mask > 0).any()
+    return torch.where(added, mask >= 0, mask > 0)
+
+
 PADDING_ARGUMENTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "attention_mask": lambda mask: mask > 0 if mask.is_floating_point() else mask,
+    "attention_mask": lambda mask: _of_floats(mask) if mask.is_floating_point() else mask,
     # Of torch.nn.TransformerEncoder and TransformerDecoder, where what is not 0 is padding:
     "src_key_padding_mask": lambda mask: mask == 0,
     "tgt_key_padding_mask": lambda mask: mask == 0,
@@ -25,6 +32,16 @@ SEGMENT_ARGUMENTS = ("seq_idx",)
 
 TARGETS, NO_TARGET = "labels", -100
 """Under which models of encoder and decoder take what the decoder is to predict, and what stands at padding there."""
+
+CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
+"""Names under which models take what they know of earlier tokens, which a mask then covers, too."""
+
+OTHER_MASKS = (
+    *("mask_time_indices", "mask_feature_indices", "bool_masked_pos", "loss_mask"),
+    *("decoder_attention_mask", "encoder_attention_mask", "memory_mask", "memory_key_padding_mask"),
+    *("head_mask", "decoder_head_mask", "cross_attn_head_mask"),
+)
+"""Names of masks that say something else: what is predicted, the padding of another stream, which heads are used."""
 
 BOUNDARY_ARGUMENTS = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens", "cu_seq_lens")
 """Names under which models take where each document of a single packed row begins, and the last one ends."""
@@ -43,11 +60,13 @@ class CallMasks(NamedTuple):
     """Where each of N documents of the only row begins, and the last one ends."""
     targets: Int[Tensor, "B T"] | None = None
     """What a decoder is to predict: behind the last one of a row that is not `NO_TARGET` there is padding."""
+    cached: bool = False
+    """Whether `padding` begins with tokens in front of those of the call, of which it was given a cache."""
 
     def of_flat_tokens(self) -> "CallMasks":
         """The same of states without a dimension for rows."""
         rows = (None if mask is None else mask.reshape(1, -1) for mask in self[:3])
-        return CallMasks(*rows, boundaries=self.boundaries)  # which no encoder-decoder has: it has no `targets`
+        return CallMasks(*rows, boundaries=self.boundaries, cached=self.cached)  # no encoder-decoder: no `targets`
 
 
 class ToldMasks(NamedTuple):
@@ -56,21 +75,23 @@ class ToldMasks(NamedTuple):
     masks: CallMasks
     tells: tuple[bool, ...]
     """Which of them the call tells."""
-    others: Mapping[str, Tensor] = {}
-    """By name, tensors among its arguments that may be masks, under names that are not known."""
+    others: Callable[[], Mapping[str, Tensor]] = dict
+    """Gives, by name, tensors among its arguments that may be masks, under names that are not known."""
 
     def within(self, outer: CallMasks) -> CallMasks:
         """The masks of the call, where `outer` are those of the call around it."""
         pairs = zip(self.tells, self.masks, outer, strict=True)
-        return CallMasks(*(own if told else around for told, own, around in pairs))
+        nearest: list[Any] = [own if told else around for told, own, around in pairs]
+        return CallMasks(*nearest)
 
 
 _KNOWN = frozenset([*PADDING_ARGUMENTS, *SEGMENT_ARGUMENTS, *BOUNDARY_ARGUMENTS, "position_ids"])
 
 
 def _may_be_mask(name: str, value: object) -> bool:
-    """Whether an argument is of booleans, or called a mask or padding."""
-    return isinstance(value, Tensor) and (value.dtype == torch.bool or "mask" in name or "pad" in name)
+    """Whether an argument is of booleans, or called a mask or padding, and is not known as another mask."""
+    named = isinstance(value, Tensor) and (value.dtype == torch.bool or "mask" in name or "pad" in name)
+    return named and name not in OTHER_MASKS
 
 
 @lru_cache(maxsize=64)
@@ -121,9 +142,12 @@ class MaskReader:
         tells_positions, ids = self._argument("position_ids", args, kwargs)
         tells_segments, segments = self._first(SEGMENT_ARGUMENTS, args, kwargs)
         tells_boundaries, ends = self._first(BOUNDARY_ARGUMENTS, args, kwargs, 1) if boundaries else (False, None)
-        tells_targets, targets = self._first(self._targets, args, kwargs)
-        told = CallMasks(padding, ids, segments, ends, targets)
-        return ToldMasks(told, (tells_padding, tells_positions, tells_segments, tells_boundaries, tells_targets))
+        # None tells nothing here: a model that is called without labels, inside of one that computes the loss.
+        _, targets = self._first(self._targets, args, kwargs)
+        cached = any(self._value(name, args, kwargs) is not None for name in CACHE_ARGUMENTS)
+        told = CallMasks(padding, ids, segments, ends, targets, cached)
+        tells = (tells_padding, tells_positions, tells_segments, tells_boundaries, targets is not None, tells_padding)
+        return ToldMasks(told, tells)
 
     def others(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
         """Arguments that may be masks of padding, and that nothing else here reads."""
@@ -131,6 +155,10 @@ class MaskReader:
         names = (*named, *(f"argument {place}" for place in range(len(named), len(args))))
         given = dict(zip(names, args, strict=False)) | kwargs
         return {name: value for name, value in given.items() if name not in _KNOWN and _may_be_mask(name, value)}
+
+    def makes_decoder_input(self) -> bool:
+        """Whether the input of the decoder is among the module's arguments, or made of `labels`."""
+        return bool(self._targets)
 
     def takes_mask(self) -> bool:
         """Whether the module's forward names a mask."""
@@ -150,11 +178,14 @@ class MaskReader:
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], ndim: int = 2
     ) -> tuple[bool, Tensor | None]:
         """Whether the call tells the argument, and its value."""
-        position = self._parameters.index(name) if name in self._parameters else len(args)
-        value = kwargs.get(name, args[position] if position < len(args) else None)
+        value = self._value(name, args, kwargs)
         if isinstance(value, Tensor) and value.ndim == ndim:
             return True, value
         return value is None and name in self._parameters, None
+
+    def _value(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        position = self._parameters.index(name) if name in self._parameters else len(args)
+        return kwargs.get(name, args[position] if position < len(args) else None)
 
 
 def token_groups(
@@ -167,7 +198,7 @@ def token_groups(
     Raises:
         ValueError: a mask of another shape.
     """
-    padding = fit_mask(masks.padding, rows, tokens, exact=exact)
+    padding = None if not exact and misfit(masks, tokens) else fit_mask(masks.padding, rows, tokens, exact=exact)
     if padding is None and (targets := _fitting(masks.targets, rows, tokens)) is not None:
         padding = (targets != NO_TARGET).flip(1).cumsum(1).flip(1) > 0
     ids, segments = (_fitting(values, rows, tokens) for values in (masks.position_ids, masks.segments))
@@ -181,6 +212,17 @@ def token_groups(
         valid = valid & (segments >= 0)
     numbered = padding is not None and padding.dtype != torch.bool
     return _documents(valid, ids, [segments, padding if numbered else None])
+
+
+def misfit(masks: CallMasks, tokens: int) -> str | None:
+    """A mask of more tokens than there are states of, without a cache, in words: it cannot be said which are meant.
+
+    Such is that of an encoder that makes one state of several samples of sound.
+    """
+    mask = masks.padding
+    if mask is None or masks.cached or mask.ndim != 2 or mask.shape[1] <= tokens:
+        return None
+    return f"a mask {list(mask.shape)}, which does not fit {tokens} states,"
 
 
 def unread_mask(others: Mapping[str, Tensor], rows: int, tokens: int) -> str | None:

@@ -138,12 +138,13 @@ def broken_chain(step: MeasuredStep, broken: str) -> str:
 def unread_mask(what: str, *, probe: bool) -> str:
     """No mask was read, and something looks like one. `probe`: of a probe batch, of which none can be given."""
     given = (
-        "Pass what is not 0 at tokens: monitor.step(k, mask=...), or mask=lambda batch: ... of the Lightning callback"
+        "Pass what is not 0 at tokens: monitor.step(k, mask=...), or mask=lambda batch: ... of the Lightning callback; "
+        "or let the model take it as attention_mask (decoder_attention_mask of a decoder beside an encoder)"
     )
     remedy = "Take a probe_batch without padding" if probe else given
     return (
         "measures every token, padding too if there is any: no mask was seen under a name that is known "
-        f"({', '.join(PADDING_ARGUMENTS)}), and {what} may be one. {remedy}"
+        f"({', '.join(PADDING_ARGUMENTS)}), and {what} may hold some. {remedy}"
     )
 
 

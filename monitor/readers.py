@@ -87,7 +87,7 @@ SEQUENCE_FIRST = Reader(
     lambda output: _batch_first(_first_tensor_out(output)),
 )
 """States are `[T, B, D]`, or `[T, D]` of a single sequence: torch.nn.TransformerEncoderLayer and its kin, unless made
-with `batch_first=True`."""
+with `batch_first=True`, and XLNet."""
 
 HIDDEN_PLUS_RESIDUAL = Reader("hidden + residual", _sum_in, _sum_out)
 """`forward(hidden, residual=None)` returns (hidden, residual), whose sum is the state: mamba_ssm, also when the sum is
@@ -95,7 +95,8 @@ fused into the norm of the next block."""
 
 
 def _is_sequence_first(block: Module) -> bool:
-    return getattr(getattr(block, "self_attn", None), "batch_first", True) is False
+    attention = getattr(block, "self_attn", None)
+    return type(block).__name__ == "XLNetLayer" or getattr(attention, "batch_first", True) is False
 
 
 def _takes_residual(block: Module) -> bool:

@@ -185,15 +185,15 @@ class _ExitTap(_StateTap):
 class _MaskTap(_Tap):
     def reading(self, args: tuple[Any, ...], rest: Any) -> tuple[bool, ToldMasks]:
         masks, tells, _ = self.read(args, rest)
-        told = ToldMasks(CallMasks(*(_plain(mask) for mask in masks)), tells, self.read.others(args, rest))
-        return torch.is_grad_enabled(), told
+        others = functools.partial(self.read.others, args, rest)
+        return torch.is_grad_enabled(), ToldMasks(CallMasks(*(_plain(mask) for mask in masks)), tells, others)
 
     def trace(self, args: tuple[Any, ...], rest: Any) -> None:
         masks, tells, _ = self.read(args, rest, boundaries=False)
-        grad = torch.is_grad_enabled()
-        if all(_is_whole(mask) for mask in masks):
-            plain = [_plain(mask) for mask in masks]
-            torch.ops.repflow.tap_masks(plain, list(tells), grad, self.marker, self.order)
+        grad, tensors = torch.is_grad_enabled(), masks[:-1]
+        if all(_is_whole(mask) for mask in tensors):
+            plain = [_plain(mask) for mask in tensors]
+            torch.ops.repflow.tap_masks(plain, [*tells, masks.cached], grad, self.marker, self.order)
         else:
             torch.ops.repflow.tap_state(None, grad, self.marker, self.order)
 
@@ -283,7 +283,8 @@ def _tap_masks(
     receive = _ARMED.get(int(marker))
     if receive is not None:
         # Copies: the graph reuses the memory of what it is done with, and masks are needed at the end of the forward.
-        told = ToldMasks(CallMasks(*(None if mask is None else mask.clone() for mask in masks)), tuple(tells))
+        copies: list[Any] = [None if mask is None else mask.clone() for mask in masks]
+        told = ToldMasks(CallMasks(*copies)._replace(cached=tells[-1]), tuple(tells[:-1]))
         receive(lambda: (grad, told))
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from repflow.monitor.masks import CallMasks, ToldMasks, token_groups
+from repflow.monitor.masks import CallMasks, ToldMasks, misfit, token_groups
 from repflow.monitor.term import Sums
 from repflow.triton_kernels._dispatch import use_triton
 from repflow.triton_kernels.groups import Groups, find_groups
@@ -61,6 +61,8 @@ class TrainedForward:
             rows, tokens, _ = state.shape
             masks = self.masks.of_flat_tokens() if rows == 1 else self.masks
             try:
+                if wrong := misfit(masks, tokens):
+                    raise ValueError(f"expected a mask of the states, got {wrong}".rstrip(","))
                 mask = token_groups(masks, rows, tokens)
             except ValueError as error:
                 what = str(error).partition(";")[0]

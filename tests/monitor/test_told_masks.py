@@ -98,7 +98,7 @@ def test_a_mask_under_another_name_is_said_once(model, args, named) -> None:
     model = model()
     monitor = Monitor(model, MonitorConfig(every_n_steps=1))
     with pytest.warns(
-        RepflowWarning, match=rf"measures every token.*\(attention_mask, .*{named}, may be one"
+        RepflowWarning, match=rf"measures every token.*\(attention_mask, .*{named}, may hold some"
     ) as record:
         for step in range(2):
             with monitor.step(step):
@@ -110,7 +110,7 @@ def test_a_mask_under_another_name_is_said_once(model, args, named) -> None:
 
 def test_under_a_compiled_model_it_is_said_too() -> None:
     torch.compiler.reset()
-    with pytest.warns(RepflowWarning, match=r"'argument 1', bool \[4, 12\], may be one"):
+    with pytest.warns(RepflowWarning, match=r"'argument 1', bool \[4, 12\], may hold some"):
         assert measured(torch.compile(Padded(), backend="eager"), IDS, ~KEEP).tokens == 48
 
 
@@ -139,7 +139,7 @@ def test_a_forward_that_is_left_out_says_nothing_of_the_masks_of_others(recwarn)
 
 def test_padding_of_a_probe_batch_cannot_be_given() -> None:
     with pytest.warns(
-        RepflowWarning, match=r"'is_pad', bool \[4, 12\], may be one. Take a probe_batch without padding"
+        RepflowWarning, match=r"'is_pad', bool \[4, 12\], may hold some. Take a probe_batch without padding"
     ):
         assert measured(Padded(), IDS, probe_batch=(IDS, ~KEEP)).tokens == 48
 
