@@ -130,14 +130,18 @@ def _write(result: Result, options: ReproduceOptions, console: Console) -> None:
 
 
 def _draw(folder: Path, names: Sequence[str], console: Console, failures: _Failures) -> None:
-    from repflow.monitor.offline.reproduce.pictures import draw_result
-
     for name in names:
         with failures.of(name):
             result = read_result(folder, name)
             if result is not None:
-                for path in draw_result(folder, result):
-                    console.print(Text(str(path)), soft_wrap=True)
+                _draw_one(folder, result, console)
+
+
+def _draw_one(folder: Path, result: Result, console: Console) -> None:
+    from repflow.monitor.offline.reproduce.pictures import draw_result
+
+    for path in draw_result(folder, result):
+        console.print(Text(str(path)), soft_wrap=True)
 
 
 def draw(folder: Path, console: Console) -> None:
@@ -148,11 +152,8 @@ def draw(folder: Path, console: Console) -> None:
         ModuleNotFoundError: matplotlib is missing.
     """
     require("matplotlib")
-    from repflow.monitor.offline.reproduce.pictures import draw_result
-
     for result in results_in(folder):
-        for path in draw_result(folder, result):
-            console.print(Text(str(path)), soft_wrap=True)
+        _draw_one(folder, result, console)
 
 
 def report(folder: Path, console: Console) -> None:
