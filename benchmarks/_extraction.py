@@ -4,7 +4,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -32,7 +32,11 @@ class ExtractionCase:
     sequences: int
     batch_tokens: int
     chunk: int | None = None
-    """Tokens of a chunk of Mamba-2's scan without its kernels, whose time and memory grow with it."""
+    """Tokens of a chunk of Mamba-2's scan without its kernels, whose time and memory grow with it.
+
+    With the kernels a batch has four times as many tokens, and there are four times as many sequences: smaller ones
+    keep the CPU busy, not the GPU.
+    """
     large: bool = False
     """Whether the budgets are for it."""
 
@@ -68,6 +72,8 @@ def measure_extraction(case: ExtractionCase, rounds: int, device: torch.device) 
     from repflow.triton_kernels._dispatch import force
 
     loaded = load(case, device)
+    if case.chunk and fused_scan():
+        case = replace(case, batch_tokens=4 * case.batch_tokens, sequences=4 * case.sequences)
     samples = random_samples(case.sequences, case.tokens, loaded.vocabulary)
     without = tuple(metric for metric in OFFLINE_METRICS if metric != "cka")
     both = {"without CKA": without, "with CKA": OFFLINE_METRICS}

@@ -273,7 +273,7 @@ def test_models_may_have_times_of_their_own(monkeypatch, capsys):
         assert found == dict.fromkeys(run.VARIANTS, of_others) | {"ssm": of_ssm}
     for word, told in (
         ("mamba=3", "expected one of ssm, hybrid"),
-        ("ssm=long", "expected a number, or VARIANT=NUMBER"),
+        ("ssm=long", "expected a number, or NAME=NUMBER"),
     ):
         monkeypatch.setattr(sys, "argv", ["run.py", "--seconds", word])
         with pytest.raises(SystemExit):

@@ -121,6 +121,25 @@ def test_a_trial_has_places_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (parsed.text_mib, parsed.tiny) == (1.0, True)
 
 
+def test_steps_are_of_all_families_or_of_one(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    compare = import_module("compare")
+
+    def parse(*words: object) -> Any:
+        monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, words)])
+        return compare.parse()[0]
+
+    assert parse("--steps", 900, "ssm=300").steps == {"ssm": 300, "hybrid": 900, "transformer": 900}
+    assert parse("--families", "ssm", "--steps", "ssm=300").steps == {"ssm": 300} and parse().steps is None
+    for words, told in (
+        (("--steps", "ssm=300"), "--steps: expected a number for every family, got none for hybrid, transformer"),
+        (("--steps", "rnn=300"), "--steps: expected one of ssm, hybrid, transformer before '=', got 'rnn'"),
+        (("--per-gpu", 0), "--per-gpu: expected 1 or more, got 0"),
+    ):
+        with pytest.raises(SystemExit):
+            parse(*words)
+        assert told in capsys.readouterr().err
+
+
 def test_a_strength_is_a_number_or_a_word(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     with pytest.raises(SystemExit):
         run_script(monkeypatch, "regularize.py", "--strength", "some", "-o", "out")

@@ -46,8 +46,8 @@ class Settings:
     warps: int
     span: int = 32
     """Most tokens of a piece, whose sum in float32 must stay short."""
-    programs: int = 528
-    """How many programs the groups are cut into, if there are tokens enough: four for each multiprocessor."""
+    programs: int = 264
+    """How many programs the groups are cut into, if there are tokens enough: two for each multiprocessor."""
 
     def stages(self, token_bytes: int) -> int:
         """How many tiles are loaded ahead, within the shared memory of two programs of a multiprocessor.
@@ -59,11 +59,10 @@ class Settings:
 
 
 def choose_settings(features: int) -> Settings:
-    """The settings of a shape class: 32 features of a token for each thread, and two tokens where registers allow."""
+    """The settings of a shape class: 64 features for each thread, of one token or of more."""
     width = max(64, power_of_2(features))
-    warps = min(32, max(1, width // 1024))
-    held = 64 if warps <= 8 else 32
-    return Settings(width, tokens=max(1, min(16, held * 32 * warps // width)), warps=warps)
+    warps = min(32, max(2, width // 2048))
+    return Settings(width, tokens=max(1, min(16, 2048 * warps // width)), warps=warps)
 
 
 def similarity_gradient(

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
@@ -65,29 +66,29 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--results", type=Path, help="results beside this file, or in the work folder if tiny")
     options, passed = parser.parse_known_args()
     try:
-        options.seconds = seconds_by_variant(options.seconds)
+        options.seconds = number_by_name(options.seconds, VARIANTS, 70.0)
     except ValueError as error:
         parser.error(f"--seconds: {error}")
     settle(options, Path("paper-work"), HERE / "results")
     return options, passed + text_of(options)
 
 
-def seconds_by_variant(words: list[str]) -> dict[str, float]:
-    """From `70 ssm=190` to the seconds of each model.
+def number_by_name(words: list[str], names: Iterable[str], default: float) -> dict[str, float]:
+    """From `70 ssm=190` to the number of each name.
 
     Raises:
-        ValueError: a word that is neither, or another model.
+        ValueError: a word that is neither, or another name.
     """
     found: dict[str, float] = {}
     for word in words:
         name, _, number = word.rpartition("=")
-        if name and name not in VARIANTS:
-            raise ValueError(f"expected one of {', '.join(VARIANTS)} before '=', got {name!r}")
+        if name and name not in names:
+            raise ValueError(f"expected one of {', '.join(names)} before '=', got {name!r}")
         try:
             found[name] = float(number)
         except ValueError:
-            raise ValueError(f"expected a number, or VARIANT=NUMBER, got {word!r}") from None
-    return {name: found.get(name, found.get("", 70.0)) for name in VARIANTS}
+            raise ValueError(f"expected a number, or NAME=NUMBER, got {word!r}") from None
+    return {name: found.get(name, found.get("", default)) for name in names}
 
 
 def settle(options: argparse.Namespace, work: Path, results: Path) -> None:

@@ -4,9 +4,9 @@ python compare.py --seconds 300 --work regularizer-work --results examples/regul
 
 A pilot of each family tells how many steps these seconds are; all its models train for as many. Those without the
 regularizer come first: the target of the others is a share of the similarity that they end with. As many models train
-at once as there are GPUs. The results folder gets runs.csv, one row for each model and context length; similarity.csv,
-the similarity by depth and step of each; and summary.csv, means and standard deviations over seeds. A model whose
-result is there already is not trained again; one that was made with other options is not taken for it.
+at once as there are GPUs, times --per-gpu. The results folder gets runs.csv, one row for each model and context length;
+similarity.csv, the similarity by depth and step of each; and summary.csv, means and standard deviations over seeds. A
+model whose result is there already is not trained again; one that was made with other options is not taken for it.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import torch
 from _kept import is_there
 from regularize import PARTS, choices_of
 from regularize import parse as parse_one
-from run import call, settle, text_of, visible
+from run import call, number_by_name, settle, text_of, visible
 
 HERE = Path(__file__).resolve().parent
 FAMILIES = ("ssm", "hybrid", "transformer")
@@ -64,7 +64,13 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--seconds", type=float, default=300, help="of training, of each model")
-    parser.add_argument("--steps", type=int, help="optimizer steps instead; no pilots are trained")
+    parser.add_argument(
+        "--steps",
+        nargs="+",
+        metavar="[FAMILY=]STEPS",
+        help="optimizer steps instead, of each family or of one; no pilots are trained",
+    )
+    parser.add_argument("--per-gpu", type=int, default=1, help="models that share a GPU: slower, with the same results")
     parser.add_argument("--share", type=float, default=0.5, help="of the similarity without: the target with")
     parser.add_argument("--text", type=Path, help="folder of text; installed Python packages if left out")
     parser.add_argument("--text-mib", type=float, help="most text to read; 64, or 1 if tiny")
@@ -72,6 +78,16 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--work", type=Path, help="regularizer-work, or regularizer-work-tiny, if left out")
     parser.add_argument("--results", type=Path, help="results beside this file, or in the work folder if tiny")
     options, passed = parser.parse_known_args()
+    if options.steps is not None:
+        try:
+            found = number_by_name(options.steps, options.families, 0)
+        except ValueError as error:
+            parser.error(f"--steps: {error}")
+        if missing := [family for family, steps in found.items() if steps < 1]:
+            parser.error(f"--steps: expected a number for every family, got none for {', '.join(missing)}")
+        options.steps = {family: round(steps) for family, steps in found.items()}
+    if options.per_gpu < 1:
+        parser.error(f"--per-gpu: expected 1 or more, got {options.per_gpu}")
     settle(options, Path("regularizer-work"), HERE / "results")
     return options, passed + text_of(options)
 
@@ -80,8 +96,8 @@ def main() -> int:
     """Train all of them and gather the results; 0 if nothing failed."""
     options, passed = parse()
     _corpus.prepare(options.work / "corpus", options.text_mib, options.text)
-    steps = dict.fromkeys(options.families, options.steps)
-    if options.steps is None:
+    steps = options.steps
+    if steps is None:
         pilots = [Run(family, "pilot", 0) for family in options.families]
         short = ["--seconds", options.seconds / 10, "--samples", 1]
         steps = {run.family: steps_in(options, run) for run in train(pilots, options, lambda _: [*short, *passed])}
@@ -105,9 +121,8 @@ def train(runs: list[Run], options: argparse.Namespace, arguments: Callable[[Run
     """
     told = {run: arguments_of(run, options, arguments(run)) for run in runs}
     there = {run: is_trained(run, options, told[run]) for run in runs}
-    gpus = torch.cuda.device_count()
     free: Queue[int | None] = Queue()
-    for gpu in range(gpus) if gpus else [None]:
+    for gpu in list(range(torch.cuda.device_count())) * options.per_gpu or [None]:
         free.put(gpu)
 
     def one(run: Run) -> bool:
@@ -122,7 +137,7 @@ def train(runs: list[Run], options: argparse.Namespace, arguments: Callable[[Run
         print(f"{run}: {'trained' if done else f'failed; see {log}'}", flush=True)
         return done
 
-    with ThreadPoolExecutor(max(1, gpus)) as pool:
+    with ThreadPoolExecutor(free.qsize()) as pool:
         return [run for run, done in zip(runs, pool.map(one, runs), strict=True) if done]
 
 

@@ -1,5 +1,7 @@
 """Decay rates on a GPU: the counts of the CPU, without waiting."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -26,6 +28,7 @@ def test_more_than_float32_could_count() -> None:
     assert int(count_rates(equal)[1].max()) == equal.numel()
 
 
+@pytest.mark.skipif(find_spec("mamba_ssm") is not None, reason="transformers takes its kernels on a CPU too")
 @pytest.mark.parametrize("family", ["Mamba2", "FalconH1"])
 def test_a_sampled_step_reads_what_it_reads_on_the_cpu(family: str) -> None:
     """Float32 rates of the two devices differ by rounding: a few may fall into the next bin."""
