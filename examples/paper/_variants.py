@@ -29,11 +29,12 @@ class Sizes:
     attention: tuple[int, ...]
     """Blocks of the hybrid that have attention."""
     ssm_width: int
-    """Of the state-space model, so that it has as many parameters as the others."""
+    """Of the state-space model, so that it has as many parameters as the others, and of heads a multiple of 8: what
+    `causal_conv1d` reads begins behind gate and heads, and must be aligned."""
     ssm_blocks: int
 
 
-FULL = Sizes(width=512, blocks=14, head=64, state=128, attention=(3, 7, 11), ssm_width=640, ssm_blocks=16)
+FULL = Sizes(width=512, blocks=14, head=64, state=128, attention=(3, 7, 11), ssm_width=768, ssm_blocks=11)
 TINY = Sizes(width=32, blocks=3, head=16, state=8, attention=(1,), ssm_width=32, ssm_blocks=3)
 FAMILIES = ("transformer", "ssm", "hybrid")
 LEARNING_RATES: Mapping[Norms, float] = {"trained": 1e-3, "frozen": 1e-3, "none": 5e-4}

@@ -33,6 +33,7 @@ from run import call, number_by_name, settle, text_of, visible
 HERE = Path(__file__).resolve().parent
 FAMILIES = ("ssm", "hybrid", "transformer")
 """The slowest to compile first."""
+_LEARNED = 0.9
 _PLACES = ("corpus", "out")
 _UNUSED = ("target", "maximum")
 """Choices that mean nothing without the regularizer."""
@@ -198,6 +199,7 @@ def gather(runs: list[Run], options: argparse.Namespace) -> None:
             "target": found["choices"]["target"] if acted else "",
             "strength": statistics.mean(acted["strength"]) if acted else "",
         }
+        shared["learned_at"] = learned_at(options, run)
         shared |= {f"{part}_similarity": last_similarity(curve, part) for part in PARTS}
         rows += [
             about | shared | {key: judged[key] for key in ("pairs", "prompt_tokens", "first", "whole")}
@@ -206,6 +208,13 @@ def gather(runs: list[Run], options: argparse.Namespace) -> None:
     write(options.results / "runs.csv", rows)
     write(options.results / "similarity.csv", curves)
     write(options.results / "summary.csv", summarise(rows))
+
+
+def learned_at(options: argparse.Namespace, run: Run) -> int | str:
+    """The first step at which nine in ten answer tokens of the last steps were the likeliest ones; nothing if none."""
+    with (options.work / str(run) / "loss.csv").open(newline="") as file:
+        steps = (int(row["step"]) for row in csv.DictReader(file) if float(row["answer_accuracy"]) >= _LEARNED)
+        return next(steps, "")
 
 
 def last_similarity(curve: list[dict[str, str]], part: str) -> float:
@@ -227,6 +236,8 @@ def summarise(rows: list[Row]) -> list[Row]:
         for name in ("text_nats", "first", "whole", "early_similarity", "late_similarity", "steps"):
             values = [float(member[name]) for member in members]
             entry |= {name: statistics.mean(values), f"{name}_std": statistics.stdev(values) if values[1:] else 0.0}
+        learned = [member["learned_at"] for member in members if member["learned_at"] != ""]
+        entry |= {"learned": len(learned), "learned_at": statistics.mean(learned) if learned else ""}
         found.append(entry)
     return found
 

@@ -15,6 +15,7 @@ from repflow.monitor.buffer import CaptureBuffer
 from repflow.monitor.capture import Capture
 from repflow.monitor.captured import CapturedForward
 from repflow.monitor.config import Metric, MonitorConfig, StatesConvention
+from repflow.monitor.delivery import on_device
 from repflow.monitor.offline import OfflineError
 from repflow.monitor.residual_stream import ResidualStream, find_residual_stream
 from repflow.monitor.sampling import Selection
@@ -127,8 +128,9 @@ class StateRecorder:
             OfflineError: the model cannot be followed from its first block to its last.
         """
         self._sums, self._features = None, []
-        for part, part_mask in _split(ids, mask, rows or len(ids)):
-            self._forward(part, part_mask)
+        with on_device(ids.device):  # kernels of models, as those of mamba_ssm, run on the current one
+            for part, part_mask in _split(ids, mask, rows or len(ids)):
+                self._forward(part, part_mask)
         assert self._sums is not None
         return Measured(sums=self._sums.flat, features=torch.cat(self._features, 1) if self._keep else None)
 
