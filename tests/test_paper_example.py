@@ -231,7 +231,7 @@ def test_all_variants_are_run_and_failures_told(monkeypatch, capsys, corpus_fold
         capsys.readouterr().out + (tmp_path / "work/logs/transformer-no-norms.log").read_text()
     )
     kept = sorted(path.name for path in (tmp_path / "results" / "transformer-no-norms").iterdir())
-    assert kept == ["loss.csv", "run.db", "training.json"]
+    assert kept == ["loss.csv", "training.json"]
     # What is there is not made again; what fails is told.
     (tmp_path / "work" / "checkpoints" / "ssm").write_text("in the way")
     with pytest.raises(SystemExit) as ended:

@@ -1,10 +1,10 @@
 """Trains the five models, as many at once as there are GPUs, and makes figures and tables of the paper on them.
 
-python run.py --seconds 70 ssm=190 hybrid=90 --work paper-work --results examples/paper/results
+python run.py --steps 2000 --work paper-work --results examples/paper/results
 
 The work folder gets the text as tokens, checkpoints, logs, and what is measured; gigabytes. The results folder gets
-what is small: data of figures and tables, and of each model its losses, its retrieval and its run file. A model that
-is there already, whole, is not trained again; one that was made with other options is not taken for it.
+what is small: data of figures and tables, and of each model its losses and its retrieval. A model that is there
+already, whole, is not trained again; one that was made with other options is not taken for it.
 """
 
 import argparse
@@ -35,7 +35,7 @@ _TRAINED: tuple[tuple[str, Norms], ...] = (
 )
 VARIANTS = {variant_name(family, norms): (family, norms) for family, norms in _TRAINED}
 TARGETS = ("figure1", "figure2", "figure4", "table1", "table2")
-KEPT = ("training.json", "loss.csv", "run.db")
+KEPT = ("training.json", "loss.csv")
 """Of a checkpoint's folder."""
 
 

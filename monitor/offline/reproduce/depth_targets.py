@@ -141,7 +141,8 @@ def _cka(target: str, found: list[Depth]) -> tuple[list[Row], dict[str, np.ndarr
         for depth in group:
             arrays[key_of(depth)] = depth.extraction.snapshot.cka.float().numpy()
             rows += _cka_rows(depth)
-        arrays[f"{model}/mean/{length}"] = np.mean([arrays[key_of(depth)] for depth in group], axis=0)
+        if len(group) > 1:
+            arrays[f"{model}/mean/{length}"] = np.mean([arrays[key_of(depth)] for depth in group], axis=0)
     alike = [model for model, length, _ in like_the_papers(found) if length == PAPER_LENGTH]
     return rows, arrays, compare_matrices(target, {model: arrays[f"{model}/mean/{PAPER_LENGTH}"] for model in alike})
 

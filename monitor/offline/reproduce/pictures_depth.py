@@ -1,5 +1,6 @@
 """Figures 1, 2 and 4, and what tables 1 and 2 print, over depth and over lengths."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,18 +59,18 @@ def draw_curves(result: Result) -> Figure:
 
 
 def draw_matrices(result: Result) -> Figure:
-    """Figure 4: CKA of every pair of states, one matrix for each model and task, and their mean."""
+    """Figure 4: CKA of every pair of states, one matrix for each model and task, and their mean; a model in a row."""
     keys = list(result.arrays)
-    columns = min(3, len(keys))
+    columns = min(4, max(Counter(key.rsplit("/", 2)[0] for key in keys).values()))
     rows = -(-len(keys) // columns)
-    figure = Figure(figsize=(1 + 3 * columns, 0.5 + 3 * rows), layout="constrained")
+    figure = Figure(figsize=(1.4 + 3 * columns, 0.5 + 3 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     finite = np.concatenate([array[np.isfinite(array)] for array in result.arrays.values()])
     low = min(0.0, float(finite.min())) if finite.size else 0.0
     image: Any = None
     for axis, key in zip(axes.flat, keys, strict=False):
         image = axis.imshow(result.arrays[key], origin="lower", vmin=low, vmax=1, interpolation="nearest")
-        axis.set(xlabel="state", ylabel="state", title=_titled(key))
+        axis.set(xlabel="state", ylabel="state", title=_titled(key, "\n"))
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_locator(MaxNLocator(integer=True))
         axis.grid(False)
@@ -155,6 +156,6 @@ def _names(rows: Sequence[Row], column: str) -> list[Any]:
     return list(dict.fromkeys(row[column] for row in rows))
 
 
-def _titled(key: str) -> str:
+def _titled(key: str, between: str = ", ") -> str:
     model, task, length = key.rsplit("/", 2)
-    return f"{model}, {task}, {int(length):,} tokens"
+    return f"{model}{between}{task}, {int(length):,} tokens"

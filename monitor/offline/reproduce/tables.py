@@ -120,7 +120,9 @@ def _variation(depth: Depth) -> dict[str, Any]:
 
 
 def _mean_row(model: str, length: int, part: Sequence[Row]) -> list[dict[str, Any]]:
-    """Means over tasks, of what has one."""
+    """Means over tasks, of what has one; nothing for a single task."""
+    if len(part) < 2:
+        return []
     no_mean = ("model", "task", "length", "peak_state", "samples", "contexts", "classes", "last_spread")
     names = [name for name in part[0] if name not in no_mean]
     means = {
