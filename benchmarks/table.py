@@ -24,6 +24,8 @@ _NAMES = {
     "eager, obvious": "PyTorch, cosines of all pairs",
     "eager, closed forms": "PyTorch, closed forms",
     "torch.compile": "the same under torch.compile",
+    "autograd, all pairs": "PyTorch and autograd, cosines of all pairs",
+    "autograd, closed form": "PyTorch and autograd, closed form",
     "repflow": "**repflow**",
     "repflow, CUDA graph": "**repflow** without its launches: replayed as a CUDA graph",
 }
@@ -38,6 +40,13 @@ _HSIC = (
     "**CKA of every pair of states**, {size}: time, extra memory, and the largest error of CKA, also on inputs that "
     "are hard to be right on; a dash where it was not run or broke off. The floor is half the Gram products, since "
     "they are symmetric, at the {rate:.0f} TFLOP/s of a bf16 product of {product} in the same run."
+)
+
+_SIMILARITY = (
+    "**The gradient of inter-token similarity**, with which the [regularizer](regularizer.md) acts on a layer, {size}. "
+    "The floor is two reads of the state and one write. The launches take longer than the GPU: in a backward pass that "
+    "keeps the GPU busy they run ahead of it, elsewhere they are what is paid. The error of the gradient is relative "
+    "to its largest entry."
 )
 
 _SIZES = "**At other sizes**, repflow beside the floor and the fastest of the others that ran:"
@@ -108,7 +117,9 @@ def steps_section(results: Path) -> str:
     if not (results / "overhead.csv").exists():
         return ""
     rows = read_rows(results / "overhead.csv")
-    return "\n\n".join(["## Speed", prose(_MEASURED), *describe_overhead(rows), origin(rows[0], "overhead.csv", "")])
+    return "\n\n".join(
+        ["## Speed", prose(_MEASURED), *describe_overhead(rows), origin(rows, "overhead.csv", "", "model")]
+    )
 
 
 def performance_section(results: Path) -> str:
@@ -121,7 +132,7 @@ def kernels_section(results: Path) -> str:
     if not (results / "kernels.csv").exists():
         return ""
     rows = read_rows(results / "kernels.csv")
-    return "\n\n".join(["## The kernels", *describe_kernels(rows), origin(rows[0], "kernels.csv", "../")])
+    return "\n\n".join(["## The kernels", *describe_kernels(rows), origin(rows, "kernels.csv", "../", "quantity")])
 
 
 def offline_section(results: Path) -> str:
@@ -129,14 +140,26 @@ def offline_section(results: Path) -> str:
     if not (results / "offline.csv").exists():
         return ""
     rows = read_rows(results / "offline.csv")
-    return "\n\n".join(["## Offline", *describe_offline(rows), origin(rows[0], "offline.csv", "../")])
+    return "\n\n".join(["## Offline", *describe_offline(rows), origin(rows, "offline.csv", "../", "name")])
 
 
-def origin(row: Row, name: str, root: str) -> str:
-    """Where the numbers of a file come from; `root` leads from the page to the root of the repository."""
-    where = "({device}, driver {driver}, torch {torch}, triton {triton}, Python {python}; {date}, commit {commit}; "
+def origin(rows: list[Row], name: str, root: str, part: str) -> str:
+    """Where the numbers of a file come from, and of which commit each `part` is, if they are of several.
+
+    Args:
+        rows: of the file.
+        name: of the file.
+        root: leads from the page to the root of the repository.
+        part: the column that tells the parts apart.
+    """
+    commits: dict[str, dict[str, None]] = {}
+    for row in rows:
+        commits.setdefault("{date}, commit {commit}".format(**row), {})[row[part].partition(",")[0]] = None
+    several = (f"{commit} for {', '.join(parts)}" for commit, parts in commits.items())
+    told = "; ".join(several) if len(commits) > 1 else next(iter(commits))
+    where = "({device}, driver {driver}, torch {torch}, triton {triton}, Python {python}; {told}; "
     text = where + "medians; [all rows]({root}benchmarks/results/{name}).)"
-    return prose(text, name=name, root=root, **{column: row[column] for column in COLUMNS})
+    return prose(text, name=name, root=root, told=told, **{column: rows[0][column] for column in COLUMNS})
 
 
 def describe_kernels(rows: list[Row]) -> list[str]:
@@ -155,13 +178,26 @@ def describe_kernels(rows: list[Row]) -> list[str]:
         rate = 2 * edge**3 / float(product["ms"]) / 1e9
         parts.append(prose(_HSIC, size=size(hsic[0]), rate=rate, product=product["implementation"]))
         parts.append(hsic_table(hsic[0], [case for case in hsic if one(case)["input"] != "plain"]))
-    others = [case for case in depth[1:] + hsic[1:] if one(case)["input"] in ("plain", "masked")]
+    similarity = [case for key, case in cases.items() if key[0] == "similarity gradient"]
+    if similarity:
+        parts += [prose(_SIMILARITY, size=size(similarity[0])), similarity_table(similarity[0])]
+    others = [case for case in depth[1:] + hsic[1:] + similarity[1:] if one(case)["input"] in ("plain", "masked")]
     return [*parts, _SIZES, sizes_table(others)] if others else parts
 
 
 def depth_table(case: Case) -> str:
     """All implementations of one case along depth."""
-    header = ("version", "ms", "× floor", "extra MiB", "error of cosines", "relative error of V, norms")
+    return error_table(case, "error of cosines", "relative error of V, norms")
+
+
+def similarity_table(case: Case) -> str:
+    """All implementations of the gradient of the similarity of one state."""
+    return error_table(case, "error of the similarity", "error of the gradient")
+
+
+def error_table(case: Case, cosine: str, other: str) -> str:
+    """All implementations of one case, with the errors that these two are called."""
+    header = ("version", "ms", "× floor", "extra MiB", cosine, other)
     columns = ("cosine_error", "v_error")
     return markdown(
         header, ((*costs(case, name), *(error(row[kind]) for kind in columns)) for name, row in case.items())
@@ -250,7 +286,8 @@ def one(case: Case) -> Row:
 def size(case: Case) -> str:
     """S, B, T, D and dtype in words."""
     row = one(case)
-    return f"{row['S']} states of {row['B']} × {row['T']} tokens, {row['D']} features, {row['dtype']}"
+    states = "1 state" if row["S"] == "1" else f"{row['S']} states"
+    return f"{states} of {row['B']} × {row['T']} tokens, {row['D']} features, {row['dtype']}"
 
 
 def read_rate(case: Case) -> float:

@@ -164,7 +164,12 @@ def test_stale_pages_are_noticed(results: Path, tmp_path: Path):
     assert run("table.py", *options, "--check").returncode == 0
     _, heading, section = Path(page).read_text(encoding="utf-8").partition("## The kernels")
     section = section.partition("<!--")[0]
-    assert heading and "| **repflow** |" in section and "../benchmarks/results/kernels.csv" in section
+    assert (
+        heading
+        and section.count("| **repflow** |") == 3
+        and "1 state of 2 × 16 tokens" in section
+        and "../benchmarks/results/kernels.csv" in section
+    )
     assert all(len(line) <= 120 for line in section.splitlines() if line[:1] != "|")
     # Without results there is nothing to show.
     assert "## Speed" not in Path(readme).read_text(encoding="utf-8")
@@ -261,6 +266,7 @@ def test_offline_analysis_is_shown(load, tmp_path: Path):
     with_cka = {**bare, "variant": "with CKA", "tokens_per_second": 91234.5, "percent_of_bare": 92.37}
     shares = {"percent_low": 91.0, "percent_high": 93.04}
     probes = {"part": "probes", "states": 65, "seeds": 5, "samples": 20_000, "features": 2560, "classes": 11}
+    probes |= {"name": "probes, 65 states"}
     rows = [{**bare, **shares}, {**with_cka, **shares}, {**probes, "epochs": 150, "seconds": 4.321}]
     load("_provenance").write_rows(tmp_path / "offline.csv", rows)
     lines = load("table").performance_section(tmp_path).splitlines()
@@ -269,3 +275,11 @@ def test_offline_analysis_is_shown(load, tmp_path: Path):
     assert "| 65 | 5 | 20,000 | 2,560 | 11 | 150 | 4.32 |" in lines
     assert lines.count("Mamba2 tiny: a note.") == 1
     assert all(len(line) <= 120 for line in lines if line[:1] != "|")
+
+
+def test_rows_of_several_commits_say_which(load):
+    shared = dict.fromkeys(("device", "driver", "torch", "triton", "python"), "one") | {"date": "2026-01-02"}
+    rows = [{**shared, "commit": commit, "name": name} for commit, name in (("a", "x"), ("a", "y, z"), ("b", "w"))]
+    told = load("table").origin(rows, "some.csv", "", "name")
+    assert "2026-01-02, commit a for x, y; 2026-01-02, commit b for w; medians" in told.replace("\n", " ")
+    assert "2026-01-02, commit a; medians" in load("table").origin(rows[:2], "some.csv", "", "name")
