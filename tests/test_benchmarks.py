@@ -164,12 +164,8 @@ def test_stale_pages_are_noticed(results: Path, tmp_path: Path):
     assert run("table.py", *options, "--check").returncode == 0
     _, heading, section = Path(page).read_text(encoding="utf-8").partition("## The kernels")
     section = section.partition("<!--")[0]
-    assert (
-        heading
-        and section.count("| **repflow** |") == 3
-        and "1 state of 2 × 16 tokens" in section
-        and "../benchmarks/results/kernels.csv" in section
-    )
+    assert heading and section.count("| **repflow** |") == 3 and "../benchmarks/results/kernels.csv" in section
+    assert "1 state of 2 × 16 tokens" in section.replace("\n", " ")
     assert all(len(line) <= 120 for line in section.splitlines() if line[:1] != "|")
     # Without results there is nothing to show.
     assert "## Speed" not in Path(readme).read_text(encoding="utf-8")
