@@ -316,7 +316,7 @@ def test_errors_reach_the_user() -> None:
     assert hooks(module) == before
 
 
-def train(path: Path, *callbacks: Any, net: Any = None, resume: Any = None, **options: Any) -> Any:
+def train(path: Path, *callbacks: Any, net: Any = None, resume: Any = None, scaler: Any = None, **options: Any) -> Any:
     settings: dict[str, Any] = dict(
         output_dir=str(path), use_cpu=True, per_device_train_batch_size=4, num_train_epochs=1, logging_steps=1,
         save_strategy="no", report_to="none", disable_tqdm=True, seed=3, optim="sgd", learning_rate=RATE,
@@ -325,6 +325,7 @@ def train(path: Path, *callbacks: Any, net: Any = None, resume: Any = None, **op
     args = transformers.TrainingArguments(**{**settings, **options})
     trainer = transformers.Trainer(net or language_model(), args, train_dataset=rows(), callbacks=list(callbacks))
     trainer.remove_callback(transformers.PrinterCallback)
+    trainer.accelerator.scaler = scaler
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -353,6 +354,14 @@ def test_transformers(tmp_path: Path, accumulation: int, options: dict[str, Any]
     logged = [entry for entry in trainer.state.log_history if "repflow/regularizer/strength/state_01" in entry]
     assert len(logged) == trainer.state.global_step == sum("loss" in entry for entry in trainer.state.log_history)
     assert all(entry["repflow/regularizer/strength/state_01"] == STRENGTH for entry in logged)
+
+
+def test_transformers_with_a_scaler(tmp_path: Path) -> None:
+    """As the Accelerator has it for fp16, whose scale grows while it trains: the term grows with the loss."""
+    net, scaler = language_model(), torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=1)
+    train(tmp_path, regularizer(), net=net, scaler=scaler, gradient_accumulation_steps=2)
+    assert scaler.get_scale() == 2.0**15
+    assert_same(net, by_hand(2, 3, tokens=True))
 
 
 def test_the_last_step_of_an_epoch_may_have_fewer_micro_batches(tmp_path: Path) -> None:
