@@ -59,7 +59,7 @@ class Settings:
 
 
 def choose_settings(features: int) -> Settings:
-    """The settings of a shape class: 64 features for each thread, of one token or of more."""
+    """The settings of a shape class: 64 features for each thread, of one token or of up to 16."""
     width = max(64, power_of_2(features))
     warps = min(32, max(2, width // 2048))
     return Settings(width, tokens=max(1, min(16, 2048 * warps // width)), warps=warps)

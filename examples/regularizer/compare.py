@@ -5,8 +5,9 @@ python compare.py --seconds 300 --work regularizer-work --results examples/regul
 A pilot of each family tells how many steps these seconds are; all its models train for as many. Those without the
 regularizer come first: the target of the others is a share of the similarity that they end with. As many models train
 at once as there are GPUs, times --per-gpu. The results folder gets runs.csv, one row for each model and context length;
-similarity.csv, the similarity by depth and step of each; and summary.csv, means and standard deviations over seeds. A
-model whose result is there already is not trained again; one that was made with other options is not taken for it.
+similarity.csv, the similarity by depth and step of each; loss.csv, their losses; and summary.csv, means and standard
+deviations over seeds. A model whose result is there already is not trained again; one that was made with other options
+is not taken for it.
 """
 
 import argparse
@@ -33,7 +34,9 @@ from run import call, number_by_name, settle, text_of, visible
 HERE = Path(__file__).resolve().parent
 FAMILIES = ("ssm", "hybrid", "transformer")
 """The slowest to compile first."""
-_LEARNED = 0.9
+_COPIED = 0.9
+_SAMPLES = 10
+"""Sampled steps that a similarity of the tables is the mean of: one of them may have much text, or little."""
 _PLACES = ("corpus", "out")
 _UNUSED = ("target", "maximum")
 """Choices that mean nothing without the regularizer."""
@@ -71,7 +74,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         metavar="[FAMILY=]STEPS",
         help="optimizer steps instead, of each family or of one; no pilots are trained",
     )
-    parser.add_argument("--per-gpu", type=int, default=1, help="models that share a GPU: slower, with the same results")
+    parser.add_argument("--per-gpu", type=int, default=1, help="models that share a GPU, or the CPU")
     parser.add_argument("--share", type=float, default=0.5, help="of the similarity without: the target with")
     parser.add_argument("--text", type=Path, help="folder of text; installed Python packages if left out")
     parser.add_argument("--text-mib", type=float, help="most text to read; 64, or 1 if tiny")
@@ -123,7 +126,8 @@ def train(runs: list[Run], options: argparse.Namespace, arguments: Callable[[Run
     told = {run: arguments_of(run, options, arguments(run)) for run in runs}
     there = {run: is_trained(run, options, told[run]) for run in runs}
     free: Queue[int | None] = Queue()
-    for gpu in list(range(torch.cuda.device_count())) * options.per_gpu or [None]:
+    gpus: list[int | None] = [*range(torch.cuda.device_count())] or [None]
+    for gpu in gpus * options.per_gpu:
         free.put(gpu)
 
     def one(run: Run) -> bool:
@@ -174,9 +178,9 @@ def steps_in(options: argparse.Namespace, pilot: Run) -> int:
 
 
 def target_of(options: argparse.Namespace, family: str, trained: list[Run]) -> float:
-    """The share of the similarity that the models without end with, over the states that the term will act on."""
+    """The share of the similarity of the models without at the last sampled step, of states that the term will act on."""
     similarities = [
-        last_similarity(curve_of(options, run), part)
+        similarity_of(curve_of(options, run), part, samples=1)
         for run in trained
         if run.family == family
         for part in result_of(options, run)["choices"]["layers"]
@@ -185,44 +189,47 @@ def target_of(options: argparse.Namespace, family: str, trained: list[Run]) -> f
 
 
 def gather(runs: list[Run], options: argparse.Namespace) -> None:
-    """Write the three tables."""
+    """Write the four tables."""
     options.results.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     curves: list[Row] = []
+    losses: list[Row] = []
     for run in runs:
         found, curve = result_of(options, run), curve_of(options, run)
         about = {"family": run.family, "regularizer": run.arm, "seed": run.seed}
         curves += [about | row for row in curve]
+        losses += [about | row for row in losses_of(options, run)]
         shared = {"text_nats": found["text"]["nats_per_token"], "steps": found["steps"], "seconds": found["seconds"]}
         acted = found["regularizer"]
         shared |= {
             "target": found["choices"]["target"] if acted else "",
             "strength": statistics.mean(acted["strength"]) if acted else "",
         }
-        shared["learned_at"] = learned_at(options, run)
-        shared |= {f"{part}_similarity": last_similarity(curve, part) for part in PARTS}
-        rows += [
-            about | shared | {key: judged[key] for key in ("pairs", "prompt_tokens", "first", "whole")}
-            for judged in found["retrieval"]
-        ]
+        shared["copied_at"] = next(
+            (int(row["step"]) for row in losses_of(options, run) if float(row["answer_accuracy"]) >= _COPIED), ""
+        )
+        shared |= {f"{part}_similarity": similarity_of(curve, part, samples=_SAMPLES) for part in PARTS}
+        judged_by = ("pairs", "prompt_tokens", "chance_of_first", "first", "whole")
+        rows += [about | shared | {key: judged[key] for key in judged_by} for judged in found["retrieval"]]
     write(options.results / "runs.csv", rows)
     write(options.results / "similarity.csv", curves)
+    write(options.results / "loss.csv", losses)
     write(options.results / "summary.csv", summarise(rows))
 
 
-def learned_at(options: argparse.Namespace, run: Run) -> int | str:
-    """The first step at which nine in ten answer tokens of the last steps were the likeliest ones; nothing if none."""
+def losses_of(options: argparse.Namespace, run: Run) -> list[dict[str, str]]:
+    """The losses of a model while it trained, and the share of answer tokens that were right."""
     with (options.work / str(run) / "loss.csv").open(newline="") as file:
-        steps = (int(row["step"]) for row in csv.DictReader(file) if float(row["answer_accuracy"]) >= _LEARNED)
-        return next(steps, "")
+        return list(csv.DictReader(file))
 
 
-def last_similarity(curve: list[dict[str, str]], part: str) -> float:
-    """Mean over the states of a part of the model, at the last sampled step."""
-    step, last = curve[-1]["step"], max(int(row["state"]) for row in curve)
+def similarity_of(curve: list[dict[str, str]], part: str, *, samples: int) -> float:
+    """Mean over the states of a part of the model, and over so many sampled steps at the end."""
+    steps, last = list(dict.fromkeys(row["step"] for row in curve))[-samples:], max(int(row["state"]) for row in curve)
     chosen = {str(state) for state in PARTS[part](last)}
-    values = [float(row["inter_token"]) for row in curve if row["step"] == step and row["state"] in chosen]
-    return sum(values) / len(values)
+    return statistics.mean(
+        float(row["inter_token"]) for row in curve if row["step"] in steps and row["state"] in chosen
+    )
 
 
 def summarise(rows: list[Row]) -> list[Row]:
@@ -233,11 +240,12 @@ def summarise(rows: list[Row]) -> list[Row]:
     found: list[Row] = []
     for (family, arm, pairs), members in groups.items():
         entry: Row = {"family": family, "regularizer": arm, "pairs": pairs, "seeds": len(members)}
+        entry["chance_of_first"] = members[0]["chance_of_first"]
         for name in ("text_nats", "first", "whole", "early_similarity", "late_similarity", "steps"):
             values = [float(member[name]) for member in members]
             entry |= {name: statistics.mean(values), f"{name}_std": statistics.stdev(values) if values[1:] else 0.0}
-        learned = [member["learned_at"] for member in members if member["learned_at"] != ""]
-        entry |= {"learned": len(learned), "learned_at": statistics.mean(learned) if learned else ""}
+        copied = [member["copied_at"] for member in members if member["copied_at"] != ""]
+        entry |= {"copied": len(copied), "copied_at": statistics.mean(copied) if copied else ""}
         found.append(entry)
     return found
 
