@@ -44,9 +44,10 @@ _HSIC = (
 
 _SIMILARITY = (
     "**The gradient of inter-token similarity**, with which the [regularizer](regularizer.md) acts on a layer, {size}. "
-    "The floor is two reads of the state and one write. The launches take longer than the GPU: in a backward pass that "
-    "keeps the GPU busy they run ahead of it, elsewhere they are what is paid. The error of the gradient is relative "
-    "to its largest entry."
+    "The floor is two reads of the state and one write, the budget 1.5 × as much: what the GPU does is within it, as a "
+    "CUDA graph shows; a single call is not, for its launches take longer than the GPU, unless they run ahead of one "
+    "that is busy. Gradients are compared as they are returned, in the dtype of the state, relative to their largest "
+    "entry."
 )
 
 _SIZES = "**At other sizes**, repflow beside the floor and the fastest of the others that ran:"
@@ -59,7 +60,8 @@ _OVERHEAD = (
 
 _EXTRACTION = (
     "**Extraction** of statistics and last-token features, from the call to the last file, and the same batches "
-    "through the bare model, in turns; medians, and lowest and highest, of {runs} runs:"
+    "through the bare model, in turns; medians, and lowest and highest, of {runs} runs, and how much large models "
+    "are to keep:"
 )
 
 _PROBES = "**Probes**, all states and seeds at once, from features in host memory to accuracies:"
@@ -261,14 +263,16 @@ def describe_offline(rows: list[Row]) -> list[str]:
     extractions, probes = ([row for row in rows if row["part"] == part] for part in ("extraction", "probes"))
     parts: list[str] = []
     if extractions:
-        header = ("model", "samples", "variant", "tokens/s", "% of the bare forward")
+        header = ("model", "samples", "variant", "tokens/s", "% of the bare forward", "budget, %")
         body: list[tuple[str, ...]] = []
         for row in extractions:
             share, low, high = (f"{float(row[f'percent_{kind}']):.1f}" for kind in ("of_bare", "low", "high"))
             model = f"{row['name']}, {int(row['states']) - 1} blocks"
             samples = f"{row['samples']} × {int(row['tokens']):,} tokens"
             percent = "–" if row["variant"] == "bare" else f"{share} ({low} to {high})"
-            body.append((model, samples, row["variant"], measured(row["tokens_per_second"]), percent))
+            body.append(
+                (model, samples, row["variant"], measured(row["tokens_per_second"]), percent, measured(row["budget"]))
+            )
         notes = dict.fromkeys(f"{row['name']}: {row['note']}." for row in extractions if row["note"])
         parts += [prose(_EXTRACTION, runs=extractions[0]["runs"]), markdown(header, body), *map(prose, notes)]
     if probes:

@@ -259,15 +259,16 @@ def test_wrong_probes_get_no_time(load, monkeypatch: pytest.MonkeyPatch):
 def test_offline_analysis_is_shown(load, tmp_path: Path):
     model = {"part": "extraction", "name": "Mamba2 tiny", "states": 3, "samples": 16, "tokens": 2048, "note": "a note"}
     bare = {**model, "variant": "bare", "tokens_per_second": 98765.4, "percent_of_bare": 100.0, "runs": 5}
-    with_cka = {**bare, "variant": "with CKA", "tokens_per_second": 91234.5, "percent_of_bare": 92.37}
+    with_cka = {**bare, "variant": "with CKA", "tokens_per_second": 91234.5, "percent_of_bare": 92.37, "budget": 90}
+    bare["budget"] = None
     shares = {"percent_low": 91.0, "percent_high": 93.04}
     probes = {"part": "probes", "states": 65, "seeds": 5, "samples": 20_000, "features": 2560, "classes": 11}
     probes |= {"name": "probes, 65 states"}
     rows = [{**bare, **shares}, {**with_cka, **shares}, {**probes, "epochs": 150, "seconds": 4.321}]
     load("_provenance").write_rows(tmp_path / "offline.csv", rows)
     lines = load("table").performance_section(tmp_path).splitlines()
-    assert "| Mamba2 tiny, 2 blocks | 16 × 2,048 tokens | bare | 98,765 | – |" in lines
-    assert "| Mamba2 tiny, 2 blocks | 16 × 2,048 tokens | with CKA | 91,234 | 92.4 (91.0 to 93.0) |" in lines
+    assert "| Mamba2 tiny, 2 blocks | 16 × 2,048 tokens | bare | 98,765 | – | – |" in lines
+    assert "| Mamba2 tiny, 2 blocks | 16 × 2,048 tokens | with CKA | 91,234 | 92.4 (91.0 to 93.0) | 90 |" in lines
     assert "| 65 | 5 | 20,000 | 2,560 | 11 | 150 | 4.32 |" in lines
     assert lines.count("Mamba2 tiny: a note.") == 1
     assert all(len(line) <= 120 for line in lines if line[:1] != "|")

@@ -1,4 +1,4 @@
-"""The three families at about 45 million parameters, and the transformer with frozen norms and without norms."""
+"""The three families at about 48 million parameters, and the transformer with frozen norms and without norms."""
 
 import math
 from collections.abc import Callable, Mapping

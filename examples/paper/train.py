@@ -32,7 +32,7 @@ from repflow.monitor import Monitor, MonitorConfig, find_residual_stream
 from repflow.monitor.sinks import RunFileSink
 
 JUDGED_PAIRS = (2, 5, 9)
-"""Pairs of the samples that retrieval is judged by; 5 are 282 tokens, 9 are 462."""
+"""Pairs of the samples that retrieval is judged by; 5 are 285 tokens, 9 are 465."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

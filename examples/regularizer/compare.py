@@ -35,7 +35,7 @@ HERE = Path(__file__).resolve().parent
 FAMILIES = ("ssm", "hybrid", "transformer")
 """The slowest to compile first."""
 _COPIED = 0.9
-_SAMPLES = 10
+SAMPLES = 10
 """Sampled steps that a similarity of the tables is the mean of: one of them may have much text, or little."""
 _PLACES = ("corpus", "out")
 _UNUSED = ("target", "maximum")
@@ -178,7 +178,7 @@ def steps_in(options: argparse.Namespace, pilot: Run) -> int:
 
 
 def target_of(options: argparse.Namespace, family: str, trained: list[Run]) -> float:
-    """The share of the similarity of the models without at the last sampled step, of states that the term will act on."""
+    """The share of what the models without have at the last sampled step, over the states that the term will act on."""
     similarities = [
         similarity_of(curve_of(options, run), part, samples=1)
         for run in trained
@@ -208,7 +208,7 @@ def gather(runs: list[Run], options: argparse.Namespace) -> None:
         shared["copied_at"] = next(
             (int(row["step"]) for row in losses_of(options, run) if float(row["answer_accuracy"]) >= _COPIED), ""
         )
-        shared |= {f"{part}_similarity": similarity_of(curve, part, samples=_SAMPLES) for part in PARTS}
+        shared |= {f"{part}_similarity": similarity_of(curve, part, samples=SAMPLES) for part in PARTS}
         judged_by = ("pairs", "prompt_tokens", "chance_of_first", "first", "whole")
         rows += [about | shared | {key: judged[key] for key in judged_by} for judged in found["retrieval"]]
     write(options.results / "runs.csv", rows)
