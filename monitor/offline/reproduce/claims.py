@@ -182,6 +182,6 @@ def _few(curve: Curve) -> int:
 _CLAIMS: dict[str, tuple[Callable[[Curves], dict[str, Any]], ...]] = {
     "figure3": (_rises, _stays, _ordered),
     "figure5": (_ordered,),
-    "figure6": (_collapses, _intermediate),
+    "figure6": (_collapses, _intermediate, _ordered),
     "figure7": (_ordered,),
 }
