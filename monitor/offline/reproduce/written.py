@@ -124,9 +124,10 @@ def _json(folder: Path, target: str) -> Path:
 def _told(about: Any, target: str) -> Mapping[str, Any]:
     """The JSON file, if it tells what is asked of it."""
     asked = _TOLD_OF_DRAWN if TARGETS[target].random else _TOLD
-    if not isinstance(about, dict) or (missing := [name for name in asked if name not in about]):
-        told = f"no {missing[0]!r}" if isinstance(about, dict) else "no object"
-        raise ValueError(f"{target}.json has {told}")
+    if not isinstance(about, dict):
+        raise ValueError(f"{target}.json has no object")
+    if missing := [name for name in asked if name not in about]:
+        raise ValueError(f"{target}.json has no {missing[0]!r}")
     return about
 
 
@@ -134,8 +135,8 @@ def _read_rows(path: Path, target: str) -> list[Row]:
     """The CSV file, if it has the columns that pictures are drawn from."""
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
-        cells = list(reader)
-    if missing := [name for name in _COLUMNS[target] if name not in (reader.fieldnames or ())]:
+        columns, cells = reader.fieldnames or (), list(reader)
+    if missing := [name for name in _COLUMNS[target] if name not in columns]:
         raise ValueError(f"{path.name} has no column {missing[0]!r}")
     if not cells:
         raise ValueError(f"{path.name} has no rows")
