@@ -87,6 +87,7 @@ class StateRecorder:
                 'states="residual", which transformers returns too of a model without it'
             )
         self.layout = SumLayout(len(self.stream) + 1)
+        self._spread = len({parameter.device for parameter in model.parameters()}) > 1
         self._takes = inspect.signature(model.forward).parameters
         self._sums: Accumulator | None = None
         self._features: list[Tensor] = []
@@ -129,7 +130,7 @@ class StateRecorder:
             OfflineError: the model cannot be followed from its first block to its last.
         """
         self._sums, self._features = None, []
-        blocks = dict.fromkeys(block.module for block in self.stream.blocks)
+        blocks = dict.fromkeys(block.module for block in self.stream.blocks if self._spread)
         with on_device(ids.device), _on_their_devices(blocks, ids.device):
             for part, part_mask in _split(ids, mask, rows or len(ids)):
                 self._forward(part, part_mask)
@@ -177,7 +178,8 @@ def _on_their_devices(modules: Iterable[Module], usual: torch.device) -> Iterato
             current.close()
 
         for module in modules:
-            if _device_of(module).type == "cuda" and _device_of(module) != usual:
+            device = _device_of(module)
+            if device.type == "cuda" and device != usual:
                 hooks.callback(module.register_forward_pre_hook(enter).remove)
                 hooks.callback(module.register_forward_hook(leave).remove)
         yield

@@ -1,7 +1,7 @@
 """Figures 1, 2 and 4, and what tables 1 and 2 print, over depth and over lengths."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,8 @@ def draw_curves(result: Result) -> Figure:
         for key in dict.fromkeys((row["model"], row["task"]) for row in part):
             rows = [row for row in part if (row["model"], row["task"]) == key]
             values = [np.nan if row["value"] is None else row["value"] for row in rows]
-            axis.plot(np.linspace(0, 1, len(rows)), values, **_style(models, tasks, rows[0]))
+            style = _style(models, tasks, rows[0])
+            axis.plot(np.linspace(0, 1, len(rows)), values, markevery=_tenth(rows), **style)
         axis.set(xlabel="normalised depth", title=f"{length:,} tokens")
     axes[0].set_ylabel("inter-token similarity")
     figure.legend(handles=_legend(models, tasks), loc="outside lower center", ncols=3)
@@ -95,7 +96,7 @@ def draw_accuracy(result: Result) -> Figure:
             x, style = np.linspace(0, 1, len(accuracy)), _style(models, tasks, row)
             mean = accuracy.mean(1)
             spread = accuracy.std(1, ddof=1) if accuracy.shape[1] > 1 else np.zeros(len(x))
-            axis.plot(x, mean, **style)
+            axis.plot(x, mean, markevery=_tenth(x), **style)
             axis.fill_between(x, mean - spread, mean + spread, color=style["color"], alpha=0.2, linewidth=0)
             axis.axhline(row["chance"], color=INK, linewidth=0.8, linestyle=(0, (1, 3)))
         for told in result.about["comparison"]:
@@ -158,7 +159,12 @@ def _look(models: list[str], model: str) -> dict[str, Any]:
 def _style(models: list[str], tasks: list[str], row: Row) -> dict[str, Any]:
     """The look of the model, dashes for the task."""
     dashes = _DASHES[tasks.index(row["task"]) % len(_DASHES)]
-    return _look(models, row["model"]) | {"linestyle": dashes, "markevery": 0.1}
+    return _look(models, row["model"]) | {"linestyle": dashes}
+
+
+def _tenth(points: Sized) -> int:
+    """Which points of a curve have a marker, so that they do not hide it."""
+    return -(-len(points) // 10)
 
 
 def _paper_style(models: list[str], model: str) -> dict[str, Any]:

@@ -19,6 +19,11 @@ from repflow.triton_kernels.hsic import Estimator
 from tests.monitor.offline import tiny
 
 LENGTHS = (9, 14, 14, 5)
+SPREAD = {
+    **dict.fromkeys(("embed_in", "rotary_emb", "final_layer_norm", "layers.0"), "cpu"),
+    **dict.fromkeys(("layers.1", "layers.2"), "disk"),
+}
+"""Of a gpt_neox: where its parts lie."""
 
 
 @pytest.fixture(params=tiny.KINDS)
@@ -132,10 +137,9 @@ def test_states_as_transformers_returns_them(loaded: LoadedModel):
 
 def test_a_model_spread_over_devices(tmp_path: Path):
     tiny.save(tmp_path, "gpt_neox")
-    places = {"embed_in": "cpu", "rotary_emb": "cpu", "final_layer_norm": "cpu", "layers.0": "cpu"}
     ids, mask = batch()
     sums = []
-    for device_map in (None, places | {"layers.1": "disk", "layers.2": "disk"}):
+    for device_map in (None, SPREAD):
         with StateRecorder(load_model(str(tmp_path), device_map=device_map).model) as recorder:
             sums.append(recorder.measure(ids, mask).sums)
     assert torch.equal(*sums)
@@ -175,7 +179,7 @@ def watched(model: Any, current: list[int]) -> list[int]:
 
 def test_each_block_runs_on_its_own_gpu(current: list[int], tmp_path: Path):
     """accelerate moves what a block takes, and leaves the current GPU as it is."""
-    model = load_model(str(tiny.save(tmp_path, "gpt_neox"))).model
+    model = load_model(str(tiny.save(tmp_path, "gpt_neox")), device_map=SPREAD).model
     ids, mask = batch()
     seen, outside = watched(model, current), []
     with StateRecorder(model, on_states=lambda _: outside.append(current[0])) as recorder:
@@ -185,7 +189,7 @@ def test_each_block_runs_on_its_own_gpu(current: list[int], tmp_path: Path):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_the_current_gpu_is_put_back_whatever_happens(error: type[BaseException], current: list[int], tmp_path: Path):
-    model: Any = load_model(str(tiny.save(tmp_path, "gpt_neox"))).model
+    model: Any = load_model(str(tiny.save(tmp_path, "gpt_neox")), device_map=SPREAD).model
     ids, mask = batch()
 
     def fail(*_: object) -> None:
@@ -204,7 +208,7 @@ def test_the_current_gpu_is_put_back_whatever_happens(error: type[BaseException]
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in model.layers)
 
 
-def test_a_model_on_one_device_gets_no_more_hooks():
+def test_blocks_on_the_device_of_the_tokens_get_no_more_hooks():
     modules = [nn.Linear(2, 2) for _ in range(3)]
     with _on_their_devices(modules, torch.device("cpu")):
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
