@@ -114,16 +114,14 @@ def load_model(
     commit = commit_of(name, revision, init=init)
     revision = commit or revision  # all files of one commit, wherever a branch moves meanwhile
     if init:
-        config = load_config(name, revision)
-        model = _drawn(name, config, seed, dtype or torch.float32, where)
+        model = _drawn(name, load_config(name, revision), seed, dtype or torch.float32, where)
     else:
         model = _pretrained(name, revision, dtype or "auto", device_map)
-        config = model.config
     if device_map is None:
         model = model.to(where)
     else:
         where = _input_device(model)
-    return LoadedModel(name, model.eval(), config, where, "random" if init else "pretrained", commit)
+    return LoadedModel(name, model.eval(), model.config, where, "random" if init else "pretrained", commit)
 
 
 def commit_of(name: str, revision: str | None = None, *, init: bool = False, file: str = "config.json") -> str | None:
@@ -212,7 +210,6 @@ def scan_of(model: Module) -> str | None:
 
 
 def _pretrained(name: str, revision: str | None, dtype: Any, device_map: Any) -> Any:
-    require("transformers")
     import transformers
 
     _check_place(name)
@@ -230,8 +227,7 @@ def _pretrained(name: str, revision: str | None, dtype: Any, device_map: Any) ->
 def _drawn(name: str, config: Any, seed: int, dtype: torch.dtype, device: torch.device) -> Any:
     import transformers
 
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.device(device):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(seed)
         return _attempt(name, lambda: transformers.AutoModel.from_config(config, dtype=dtype))
 

@@ -1,7 +1,8 @@
 """Forwards of a model in evaluation mode, measured with the taps, kernels and sums of the live monitor."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -86,6 +87,7 @@ class StateRecorder:
                 'states="residual", which transformers returns too of a model without it'
             )
         self.layout = SumLayout(len(self.stream) + 1)
+        self._spread = len({parameter.device for parameter in model.parameters()}) > 1
         self._takes = inspect.signature(model.forward).parameters
         self._sums: Accumulator | None = None
         self._features: list[Tensor] = []
@@ -128,7 +130,8 @@ class StateRecorder:
             OfflineError: the model cannot be followed from its first block to its last.
         """
         self._sums, self._features = None, []
-        with on_device(ids.device):  # kernels of models, as those of mamba_ssm, run on the current one
+        blocks = dict.fromkeys(block.module for block in self.stream.blocks if self._spread)
+        with on_device(ids.device), _on_their_devices(blocks, ids.device):
             for part, part_mask in _split(ids, mask, rows or len(ids)):
                 self._forward(part, part_mask)
         assert self._sums is not None
@@ -157,6 +160,33 @@ class StateRecorder:
             assert self._last is not None
             last = self._last.to(captured.states.device) - 1
             self._features.append(_rows_at(captured.states, last))
+
+
+@contextmanager
+def _on_their_devices(modules: Iterable[Module], usual: torch.device) -> Iterator[None]:
+    """Make the GPU that a module lies on the current one while it runs, where that is not the usual one.
+
+    Kernels that do not ask where their tensors are, as some of mamba_ssm, run on the current GPU. accelerate, which
+    spreads a model over several, moves a module's input to it, and leaves the current one as it is.
+    """
+    with ExitStack() as hooks, ExitStack() as current:
+
+        def enter(module: Module, _: object) -> None:
+            current.enter_context(on_device(_device_of(module)))
+
+        def leave(*_: object) -> None:
+            current.close()
+
+        for module in modules:
+            device = _device_of(module)
+            if device.type == "cuda" and device != usual:
+                hooks.callback(module.register_forward_pre_hook(enter).remove)
+                hooks.callback(module.register_forward_hook(leave).remove)
+        yield
+
+
+def _device_of(module: Module) -> torch.device:
+    return next(module.parameters()).device
 
 
 def _rows_at(states: Float[Tensor, "S R T D"], index: Int64[Tensor, " R"]) -> Float[Tensor, "S R D"]:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from repflow.monitor.offline import OfflineError
 from repflow.monitor.offline.extracted import Extraction
-from repflow.monitor.offline.reproduce.work import read_json
+from repflow.monitor.offline.reproduce.work import known_json
 from repflow.monitor.warning import warn
 
 DONE, TOKEN_MAP, EXTRACTION = "measured.json", "token_map.npy", "extraction"
@@ -58,7 +58,7 @@ class Depths:
 
 def read_depth(folder: Path, model: str, task: str, length: int) -> Depth | None:
     """A measurement that is whole; None if it is to be made, or gone on with."""
-    choices = read_json(folder / DONE)
+    choices = known_json(folder / DONE)
     if choices is None:
         return None
     try:

@@ -10,8 +10,8 @@ from string import Template
 from typing import Any
 
 from repflow.monitor.offline import OfflineError
-from repflow.monitor.offline.reproduce.pictures import GRID, INK, draw_result
-from repflow.monitor.offline.reproduce.written import Result, results_in
+from repflow.monitor.offline.reproduce.pictures import GRID, INK
+from repflow.monitor.offline.reproduce.written import Result
 
 _PAGE = "report.html"
 _SHOWN = ("claims", "unclaimed", "comparison", "reading", "target", "title", "paper", "skipped")
@@ -20,13 +20,12 @@ _VERDICTS = {True: "✓", False: "✗", None: "–"}
 _READ_OUT = {True: "holds", False: "does not hold", None: "cannot be told"}
 
 
-def write_page(folder: Path) -> Path:
-    """Draw what is in a folder, and join it in `report.html` there.
+def write_page(folder: Path, results: Sequence[Result]) -> Path:
+    """Join results and their pictures, which are in a folder, in `report.html` there.
 
     Raises:
-        OfflineError: there is nothing in the folder, something damaged, or the page cannot be written.
+        OfflineError: the page cannot be written.
     """
-    results = results_in(folder)
     sections = [_section(folder, result) for result in results]
     report = files("repflow.monitor.report")
     page = Template((files("repflow.monitor.offline.reproduce") / "page.html").read_text(encoding="utf-8")).substitute(
@@ -50,7 +49,6 @@ def _name(result: Result) -> str:
 
 
 def _section(folder: Path, result: Result) -> str:
-    _, drawn = draw_result(folder, result)
     about = result.about
     skipped = "".join(f'<p class="warning">{escape(text)}</p>' for text in about["skipped"])
     kinds = [kind for kind in ("csv", "npz", "json") if (folder / f"{result.target}.{kind}").exists()]
@@ -59,7 +57,7 @@ def _section(folder: Path, result: Result) -> str:
         f'<section id="{result.target}"><h2>{_name(result)}: {escape(about["title"])}</h2>',
         f"<p>{escape(about['paper'])}. Data: {data}</p>",
         skipped,
-        _picture(drawn.read_text(encoding="utf-8"), result),
+        _picture((folder / f"{result.target}.svg").read_text(encoding="utf-8"), result),
         "".join(map(_claim, about.get("claims", []))),
         "".join(f"<p><small>{escape(text)}.</small></p>" for text in about.get("unclaimed", [])),
         _comparison(about["comparison"], about.get("reading")),

@@ -20,7 +20,7 @@ from repflow.monitor.offline.reproduce.random_targets import WITH_CHECKPOINT, ra
 from repflow.monitor.offline.reproduce.streams import Streams, measure_streams
 from repflow.monitor.offline.reproduce.tables import table1, table2
 from repflow.monitor.offline.reproduce.targets import Target
-from repflow.monitor.offline.reproduce.written import Result, finished, read_result, results_in, write_result
+from repflow.monitor.offline.reproduce.written import Result, finished, read_result, targets_in, write_result
 
 
 def run(options: ReproduceOptions, console: Console) -> None:
@@ -129,44 +129,49 @@ def _write(result: Result, options: ReproduceOptions, console: Console) -> None:
     console.print(Text(f"{result.target}: {options.folder / result.target}.json"), soft_wrap=True)
 
 
-def _draw(folder: Path, names: Sequence[str], console: Console, failures: _Failures) -> None:
+def _draw(folder: Path, names: Sequence[str], console: Console, failures: _Failures) -> list[Result]:
+    """Draw what is there of `names`: what is returned has its pictures."""
+    from repflow.monitor.offline.reproduce.pictures import draw_result
+
+    drawn = []
     for name in names:
         with failures.of(name):
             result = read_result(folder, name)
             if result is not None:
-                _draw_one(folder, result, console)
-
-
-def _draw_one(folder: Path, result: Result, console: Console) -> None:
-    from repflow.monitor.offline.reproduce.pictures import draw_result
-
-    for path in draw_result(folder, result):
-        console.print(Text(str(path)), soft_wrap=True)
+                for path in draw_result(folder, result):
+                    console.print(Text(str(path)), soft_wrap=True)
+                drawn.append(result)
+    return drawn
 
 
 def draw(folder: Path, console: Console) -> None:
     """Draw the pictures of what is in a folder.
 
     Raises:
-        OfflineError: there is nothing in it, or something damaged.
+        OfflineError: there is nothing in it; or some of it is damaged, which is told when the rest is drawn.
         ModuleNotFoundError: matplotlib is missing.
     """
     require("matplotlib")
-    for result in results_in(folder):
-        _draw_one(folder, result, console)
+    failures = _Failures()
+    _draw(folder, targets_in(folder), console, failures)
+    failures.check()
 
 
 def report(folder: Path, console: Console) -> None:
     """Draw the pictures of what is in a folder, and join all in one page.
 
     Raises:
-        OfflineError: there is nothing in it, or something damaged.
+        OfflineError: there is nothing in it; or some of it is damaged, which is told when the page of the rest is made.
         ModuleNotFoundError: matplotlib is missing.
     """
     require("matplotlib")
     from repflow.monitor.offline.reproduce.page import write_page
 
-    console.print(Text(str(write_page(folder))), soft_wrap=True)
+    failures = _Failures()
+    drawn = _draw(folder, targets_in(folder), Console(quiet=True), failures)
+    if drawn:
+        console.print(Text(str(write_page(folder, drawn))), soft_wrap=True)
+    failures.check()
 
 
 def _finished(target: Target, options: ReproduceOptions) -> bool:

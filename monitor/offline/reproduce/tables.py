@@ -18,7 +18,7 @@ from repflow.monitor.offline.reproduce.depth_targets import about, key_of, like_
 from repflow.monitor.offline.reproduce.options import ReproduceOptions
 from repflow.monitor.offline.reproduce.paper import compare_table
 from repflow.monitor.offline.reproduce.targets import Target
-from repflow.monitor.offline.reproduce.work import plain, read_json, write_json
+from repflow.monitor.offline.reproduce.work import known_json, plain, write_json
 from repflow.monitor.offline.reproduce.written import Result, Row
 
 _VARIATION = ("v_loc", "v_glob", "v_loc_rel", "v_glob_rel")
@@ -75,7 +75,7 @@ def _probed(depth: Depth, chosen: ProbeOptions, options: ReproduceOptions, conso
     """Probes as they were trained before, or now."""
     text = json.dumps(asdict(chosen), sort_keys=True)
     path = depth.folder / f"probes-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}.json"
-    if (known := read_json(path)) is not None:
+    if (known := known_json(path)) is not None:
         accuracy = torch.tensor(known.pop("accuracy"), dtype=torch.float64)
         return ProbeResult(accuracy, known["classes"], known["choices"])
     console.print(Text(f"{depth.model}, {depth.task}, {depth.length:,} tokens: probes"), soft_wrap=True)

@@ -61,13 +61,25 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def read_json(path: Path) -> Any | None:
-    """What `write_json` wrote; None if it is not there, or damaged, which is said."""
+    """What `write_json` wrote; None if it is not there.
+
+    Raises:
+        OfflineError: it is damaged.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        warn(f"{path} is damaged ({type(error).__name__}); it is made again")
+        raise OfflineError(f"{path} is damaged ({type(error).__name__})") from error
+
+
+def known_json(path: Path) -> Any | None:
+    """What `write_json` wrote of what can be made again: None if it is not there, or damaged, which is said."""
+    try:
+        return read_json(path)
+    except OfflineError as error:
+        warn(f"{error}; it is made again")
         return None
 
 

@@ -1,5 +1,7 @@
 """Forwards in evaluation mode are measured as the live monitor measures those of training."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,16 @@ from repflow.monitor import Monitor, MonitorConfig, Snapshot
 from repflow.monitor.offline import OfflineError
 from repflow.monitor.offline.batching import pad, plan_batches
 from repflow.monitor.offline.loading import LoadedModel, load_model
-from repflow.monitor.offline.recorder import StateRecorder
+from repflow.monitor.offline.recorder import StateRecorder, _on_their_devices
 from repflow.triton_kernels.hsic import Estimator
 from tests.monitor.offline import tiny
 
 LENGTHS = (9, 14, 14, 5)
+SPREAD = {
+    **dict.fromkeys(("embed_in", "rotary_emb", "final_layer_norm", "layers.0"), "cpu"),
+    **dict.fromkeys(("layers.1", "layers.2"), "disk"),
+}
+"""Of a gpt_neox: where its parts lie."""
 
 
 @pytest.fixture(params=tiny.KINDS)
@@ -130,13 +137,81 @@ def test_states_as_transformers_returns_them(loaded: LoadedModel):
 
 def test_a_model_spread_over_devices(tmp_path: Path):
     tiny.save(tmp_path, "gpt_neox")
-    places = {"embed_in": "cpu", "rotary_emb": "cpu", "final_layer_norm": "cpu", "layers.0": "cpu"}
     ids, mask = batch()
     sums = []
-    for device_map in (None, places | {"layers.1": "disk", "layers.2": "disk"}):
+    for device_map in (None, SPREAD):
         with StateRecorder(load_model(str(tmp_path), device_map=device_map).model) as recorder:
             sums.append(recorder.measure(ids, mask).sums)
     assert torch.equal(*sums)
+
+
+@pytest.fixture
+def current(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Which GPU is the current one, of two that are made up: the last two of three blocks lie on the second."""
+
+    @contextmanager
+    def on_device(device: torch.device) -> Iterator[None]:
+        before = now[0]
+        now[0] = before if device.index is None else device.index
+        try:
+            yield
+        finally:
+            now[0] = before
+
+    def device_of(module: nn.Module) -> torch.device:
+        return torch.device("cuda", 1) if getattr(module, "second", False) else torch.device("cpu")
+
+    now = [0]
+    monkeypatch.setattr("repflow.monitor.offline.recorder.on_device", on_device)
+    monkeypatch.setattr("repflow.monitor.offline.recorder._device_of", device_of)
+    return now
+
+
+def watched(model: Any, current: list[int]) -> list[int]:
+    """The GPU that is current in each block, and then in the final norm."""
+    seen: list[int] = []
+    for block in model.layers[1:]:
+        block.second = True
+    for module in (*(block.mlp for block in model.layers), model.final_layer_norm):
+        module.register_forward_pre_hook(lambda *_: seen.append(current[0]))
+    return seen
+
+
+def test_each_block_runs_on_its_own_gpu(current: list[int], tmp_path: Path):
+    """accelerate moves what a block takes, and leaves the current GPU as it is."""
+    model = load_model(str(tiny.save(tmp_path, "gpt_neox")), device_map=SPREAD).model
+    ids, mask = batch()
+    seen, outside = watched(model, current), []
+    with StateRecorder(model, on_states=lambda _: outside.append(current[0])) as recorder:
+        recorder.measure(ids, mask, rows=2)
+    assert seen == [0, 1, 1, 0] * 2 and outside == [0] * 2 and current == [0]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_the_current_gpu_is_put_back_whatever_happens(error: type[BaseException], current: list[int], tmp_path: Path):
+    model: Any = load_model(str(tiny.save(tmp_path, "gpt_neox")), device_map=SPREAD).model
+    ids, mask = batch()
+
+    def fail(*_: object) -> None:
+        assert current == [1]
+        raise error
+
+    with StateRecorder(model) as recorder:
+        seen = watched(model, current)
+        failing = model.layers[1].attention.register_forward_hook(fail)
+        with pytest.raises(error):
+            recorder.measure(ids, mask)
+        assert seen == [0] and current == [0]
+        failing.remove()
+        recorder.measure(ids, mask)
+    assert seen == [0, 0, 1, 1, 0] and current == [0]
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in model.layers)
+
+
+def test_blocks_on_the_device_of_the_tokens_get_no_more_hooks():
+    modules = [nn.Linear(2, 2) for _ in range(3)]
+    with _on_their_devices(modules, torch.device("cpu")):
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 def test_the_user_sees_what_fails(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch):

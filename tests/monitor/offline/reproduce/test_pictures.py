@@ -7,13 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
-from typer.testing import CliRunner
 
-from repflow.monitor.cli import app
-from repflow.monitor.offline.reproduce.pictures_depth import draw_matrices, draw_token_maps
+from repflow.monitor.offline.reproduce.pictures_depth import draw_curves, draw_matrices, draw_token_maps, draw_variation
 from repflow.monitor.offline.reproduce.written import Result, read_result
 from tests.monitor.offline.reproduce.conftest import reproduce
 from tests.monitor.offline.reproduce.test_random_targets import FIGURES
@@ -96,18 +95,68 @@ def test_blocks_and_states_are_counted_in_whole_numbers(
         assert len(ticks) > 1 and all(tick == int(tick) for tick in ticks)
 
 
+def of_matrices(*names: str) -> Result:
+    about = {"choices": {"cka_estimator": "unbiased"}}
+    return Result(target="figure4", rows=[], arrays={name: np.eye(3) for name in names}, about=about)
+
+
+def grid(figure: Figure) -> list[list[str]]:
+    """Titles of the matrices, row by row; an empty cell must not show."""
+    rows: dict[int, list[str]] = {}
+    for axis in figure.axes:
+        place = axis.get_subplotspec()
+        if place is not None and axis.images:
+            rows.setdefault(place.rowspan.start, []).append(axis.get_title().replace("\n", ": "))
+            assert place.colspan.start == len(rows[place.rowspan.start]) - 1
+        assert bool(axis.images or axis.collections) == axis.get_visible()
+    return [rows[row] for row in range(len(rows))]
+
+
+TASKS = ("kvpr", "mdqa", "mean")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (
+            [*(f"a/{task}/2048" for task in TASKS), "b/kvpr/2048", *(f"c/{task}/2048" for task in TASKS)],
+            [
+                [f"a: {task}, 2,048 tokens" for task in TASKS],
+                ["b: kvpr, 2,048 tokens"],
+                [f"c: {task}, 2,048 tokens" for task in TASKS],
+            ],
+        ),
+        (
+            [f"x/{model}/{task}/{length}" for model in "ab" for length in (300, 2048) for task in TASKS],
+            [
+                [f"x/{model}: {task}, {length} tokens" for task in TASKS]
+                for model in "ab"
+                for length in ("300", "2,048")
+            ],
+        ),
+        (
+            [f"{model}/kvpr/{length}" for model in "abc" for length in (300, 2048)],
+            [[f"{model}: kvpr, {length} tokens" for length in ("300", "2,048")] for model in "abc"],
+        ),
+    ],
+    ids=["some on one task", "several lengths", "one task"],
+)
+def test_a_model_and_length_is_a_row_of_matrices(names: list[str], expected: list[list[str]]):
+    """Or a model, where one task alone was measured."""
+    assert grid(draw_matrices(of_matrices(*names))) == expected
+
+
+@pytest.mark.parametrize("draw", [draw_curves, draw_variation])
+def test_as_many_models_as_one_likes_are_told_apart(draw: Callable[[Result], Figure]):
+    """Also those of which there is no colour left."""
+    same = {"length": 300, "value": 0.5, "v_loc": 0.5, "v_glob": 0.5}
+    rows = [same | {"model": f"m{model}", "task": task} for model in range(14) for task in ("kvpr", "mdqa")]
+    figure = draw(Result(target="figure2", rows=rows, about={"comparison": []}))
+    lines = [line for line in figure.axes[0].lines if len(np.asarray(line.get_xdata()))]  # the paper has no points
+    assert len(lines) == len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}) == 28
+    told = {(line.get_color(), line.get_marker()) for line in figure.legends[0].get_lines()[:14]}
+    assert len(told) == 14
+
+
 def test_how_the_papers_numbers_are_read_is_on_the_page(page: Path):
     assert "Layer l is read as state l, and a layer of which no other is named" in page.read_text()
-
-
-@pytest.mark.parametrize("damage", ["csv", "npz"])
-def test_damaged_data_are_one_line(damage: str, checkpoints: Path, tmp_path: Path):
-    folder = copied(checkpoints, tmp_path / "copy", "figure1")
-    if damage == "csv":
-        (folder / "figure1.csv").unlink()
-    else:
-        (folder / "figure1.npz").write_bytes(b"PK\x03\x04 cut short")
-    result = CliRunner().invoke(app, ["reproduce", "draw", str(folder)])
-    assert result.exit_code == 2
-    (line,) = result.stderr.splitlines()
-    assert "expected figure1.csv and .npz beside figure1.json, whole" in line and line.endswith("--force")
