@@ -172,21 +172,21 @@ def _on_their_devices(modules: Iterable[Module], usual: torch.device) -> Iterato
     with ExitStack() as hooks, ExitStack() as current:
 
         def enter(module: Module, _: object) -> None:
-            current.enter_context(on_device(_device_of(module)))
+            current.enter_context(on_device(places[module]))
 
         def leave(*_: object) -> None:
             current.close()
 
-        for module in modules:
-            device = _device_of(module)
+        places = {module: _device_of(module) or usual for module in modules}
+        for module, device in places.items():
             if device.type == "cuda" and device != usual:
                 hooks.callback(module.register_forward_pre_hook(enter).remove)
                 hooks.callback(module.register_forward_hook(leave).remove)
         yield
 
 
-def _device_of(module: Module) -> torch.device:
-    return next(module.parameters()).device
+def _device_of(module: Module) -> torch.device | None:
+    return next((parameter.device for parameter in module.parameters()), None)
 
 
 def _rows_at(states: Float[Tensor, "S R T D"], index: Int64[Tensor, " R"]) -> Float[Tensor, "S R D"]:
