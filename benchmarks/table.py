@@ -44,10 +44,9 @@ _HSIC = (
 
 _SIMILARITY = (
     "**The gradient of inter-token similarity**, with which the [regularizer](regularizer.md) acts on a layer, {size}. "
-    "The floor is two reads of the state and one write, the budget 1.5 × as much: what the GPU does is within it, as a "
-    "CUDA graph shows; a single call is not, for its launches take longer than the GPU, unless they run ahead of one "
-    "that is busy. Gradients are compared as they are returned, in the dtype of the state, relative to their largest "
-    "entry."
+    "The floor is two reads of the state and one write, the budget 1.5 × as much. A single call takes at least as long "
+    "as its launches on the CPU, which run ahead only of a GPU that is busy; the CUDA graph shows the GPU's part. "
+    "Gradients are compared as they are returned, in the dtype of the state, relative to their largest entry."
 )
 
 _SIZES = "**At other sizes**, repflow beside the floor and the fastest of the others that ran:"

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
@@ -73,7 +73,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     return options, passed + text_of(options)
 
 
-def number_by_name(words: list[str], names: Iterable[str], default: float) -> dict[str, float]:
+def number_by_name(words: list[str], names: Collection[str], default: float) -> dict[str, float]:
     """From `70 ssm=190` to the number of each name.
 
     Raises:

@@ -195,19 +195,18 @@ def gather(runs: list[Run], options: argparse.Namespace) -> None:
     curves: list[Row] = []
     losses: list[Row] = []
     for run in runs:
-        found, curve = result_of(options, run), curve_of(options, run)
+        found, curve, loss = result_of(options, run), curve_of(options, run), losses_of(options, run)
         about = {"family": run.family, "regularizer": run.arm, "seed": run.seed}
         curves += [about | row for row in curve]
-        losses += [about | row for row in losses_of(options, run)]
+        losses += [about | row for row in loss]
         shared = {"text_nats": found["text"]["nats_per_token"], "steps": found["steps"], "seconds": found["seconds"]}
         acted = found["regularizer"]
         shared |= {
             "target": found["choices"]["target"] if acted else "",
             "strength": statistics.mean(acted["strength"]) if acted else "",
         }
-        shared["copied_at"] = next(
-            (int(row["step"]) for row in losses_of(options, run) if float(row["answer_accuracy"]) >= _COPIED), ""
-        )
+        copied = (int(row["step"]) for row in loss if float(row["answer_accuracy"]) >= _COPIED)
+        shared["copied_at"] = next(copied, "")
         shared |= {f"{part}_similarity": similarity_of(curve, part, samples=SAMPLES) for part in PARTS}
         judged_by = ("pairs", "prompt_tokens", "chance_of_first", "first", "whole")
         rows += [about | shared | {key: judged[key] for key in judged_by} for judged in found["retrieval"]]

@@ -60,7 +60,7 @@ def draw_similarity(rows: list[Row], targets: dict[str, float]) -> Figure:
             end = sorted({int(row["step"]) for row in of_arm})[-SAMPLES:]
             band(depth, arm, (row for row in of_arm if int(row["step"]) in end), lambda row: int(row["state"]))
             band(time, arm, (row for row in of_arm if int(row["state"]) in acted), lambda row: int(row["step"]))
-        for axis in (depth, time):
+        for axis in (depth, time) if family in targets else ():
             axis.axhline(targets[family], **LIMIT, label="target")
         depth.xaxis.set_major_locator(MaxNLocator(integer=True))
         depth.set(title=TITLES[family], xlabel="state h^(l)", ylabel="inter-token similarity")
@@ -76,8 +76,8 @@ def band(axes: Any, arm: str, rows: Iterable[Row], place: Callable[[Row], int]) 
         values.setdefault(place(row), {}).setdefault(row["seed"], []).append(float(row["inter_token"]))
     places = sorted(values)
     seeds = [[statistics.mean(found) for found in values[at].values()] for at in places]
-    axes.fill_between(places, *zip(*((min(found), max(found)) for found in seeds), strict=True), color=ARMS[arm],
-                      alpha=0.2, linewidth=0)  # fmt: skip
+    low, high = [min(found) for found in seeds], [max(found) for found in seeds]
+    axes.fill_between(places, low, high, color=ARMS[arm], alpha=0.2, linewidth=0)
     axes.plot(places, [statistics.mean(found) for found in seeds], color=ARMS[arm], label=arm)
 
 
